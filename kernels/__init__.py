@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; private. Arguments are checked in ``patchpack.ops``."""

@@ -1,0 +1,158 @@
+"""What ``rope``, ``rope_2d`` and ``mrope`` share: exact angles, and the rotation of all heads.
+
+An angle is kept in turns as a 64-bit fixed-point fraction: positions are integers, so the product
+with a frequency wraps around exactly where the angle does, and no range reduction is needed. Sine
+and cosine are as accurate at position 4 million as at 4.
+"""
+
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
+
+
+@lru_cache(maxsize=64)
+def frequency_table(
+    pairs: tuple[tuple[int, Fraction], ...], base: float, device: torch.device
+) -> Tensor:
+    """Axis and frequency of each pair as int32 ``[3, R]``: axis, high word, low word.
+
+    A pair is (axis, exponent); its frequency is ``base ** -exponent`` radians a position, kept as
+    ``2 ** 64`` times its turns.
+    """
+    with localcontext(prec=50):
+        log_base = Decimal(base).ln()
+        words = []
+        for axis, exponent in pairs:
+            power = log_base * exponent.numerator / exponent.denominator
+            turns = int(((-power).exp() / _TWO_PI * 2**64).to_integral_value()) % 2**64
+            words.append((axis, _signed(turns >> 32), _signed(turns & 0xFFFFFFFF)))
+    return torch.tensor(words, dtype=torch.int32).T.contiguous().to(device)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+@triton.jit
+def cos_sin(positions, high, low):
+    """Cosine and sine of ``positions`` (int32) times fixed-point frequencies (int32 words)."""
+    distance = tl.abs(positions).to(tl.uint32)
+    high = high.to(tl.uint32, bitcast=True)
+    low = low.to(tl.uint32, bitcast=True)
+    turns = distance * high + tl.umulhi(distance, low)  # 2**32 is one turn
+
+    # the nearest quarter turn, and what is left of it: an eighth of a turn at most, signed
+    quarter = (turns + 0x20000000) >> 30
+    rest = (turns - (quarter << 30)).to(tl.int32, bitcast=True)
+    x = rest.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
+    z = x * x
+    sin = x + x * z * (-0.1666665493668579 + z * (0.008332177686051519 - z * 0.0001951723464803119))
+    cos = 1.0 + z * (
+        -0.5 + z * (0.041666646854584335 + z * (-0.0013887366909231464 + z * 2.44383793988e-05))
+    )
+
+    odd = (quarter & 1) != 0
+    cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    cos = tl.where(((quarter + 1) & 2) != 0, -cos, cos)
+    sin = tl.where(((quarter & 2) != 0) != (positions < 0), -sin, sin)
+    return cos, sin
+
+
+@triton.jit
+def load_frequencies(table_ptr, offs_i, mask_i, NUM_PAIRS: tl.constexpr):
+    """Axis, high word and low word of each pair, ``[1, BLOCK_I]``."""
+    axis = tl.load(table_ptr + offs_i, mask=mask_i, other=0)
+    high = tl.load(table_ptr + NUM_PAIRS + offs_i, mask=mask_i, other=0)
+    low = tl.load(table_ptr + 2 * NUM_PAIRS + offs_i, mask=mask_i, other=0)
+    return axis[None, :], high[None, :], low[None, :]
+
+
+@triton.jit
+def rotate_heads(
+    x_ptr,  # [T, H, D]
+    out_ptr,  # [T, H, D], contiguous
+    stride_x_t,
+    stride_x_h,
+    offs_t,
+    mask_t,
+    cos,  # [BLOCK_T, BLOCK_I]
+    sin,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_PASS: tl.constexpr,
+):
+    """Turn every head of BLOCK_T tokens by the same angles."""
+    # strides come divided by STRIDE_UNIT, so that the compiler knows they are its multiples
+    x_ptrs = x_ptr + offs_t[:, None] * stride_x_t * STRIDE_UNIT
+    out_ptrs = out_ptr + offs_t[:, None] * (NUM_HEADS * HEAD_DIM)
+    offs_i = tl.arange(0, BLOCK_I)[None, :]
+    offs_pair = tl.arange(0, 2 * BLOCK_I)[None, :]
+    offs_pass = 2 * NUM_PAIRS + tl.arange(0, BLOCK_PASS)[None, :]
+    mask = mask_t[:, None] & (offs_i < NUM_PAIRS)
+    mask_pair = mask_t[:, None] & (offs_pair < 2 * NUM_PAIRS)
+    mask_pass = mask_t[:, None] & (offs_pass < HEAD_DIM)
+
+    for _ in range(NUM_HEADS):
+        if INTERLEAVED:
+            x = tl.load(x_ptrs + offs_pair, mask=mask_pair, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_I, 2)))
+            y = tl.join(a * cos - b * sin, b * cos + a * sin)
+            tl.store(out_ptrs + offs_pair, tl.reshape(y, (BLOCK_T, 2 * BLOCK_I)), mask=mask_pair)
+        else:
+            a = tl.load(x_ptrs + offs_i, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(x_ptrs + NUM_PAIRS + offs_i, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptrs + offs_i, a * cos - b * sin, mask=mask)
+            tl.store(out_ptrs + NUM_PAIRS + offs_i, b * cos + a * sin, mask=mask)
+        if HEAD_DIM > 2 * NUM_PAIRS:
+            passed = tl.load(x_ptrs + offs_pass, mask=mask_pass, other=0.0)
+            tl.store(out_ptrs + offs_pass, passed, mask=mask_pass)
+        x_ptrs += stride_x_h * STRIDE_UNIT
+        out_ptrs += HEAD_DIM
+
+
+def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **constants):
+    """Allocate the rotated ``q`` and ``k`` and launch ``kernel`` once for both.
+
+    ``angle_args`` are the kernel's own arguments, which say where its angles come from.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    if num_tokens == 0:
+        return q_out, k_out
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
+    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    block_i = triton.next_power_of_2(num_pairs)
+    block_t = max(1, 1024 // block_i)
+    kernel[(triton.cdiv(num_tokens, block_t),)](
+        q,
+        k,
+        q_out,
+        k_out,
+        *angle_args,
+        num_tokens,
+        *(s // unit for s in strides),
+        NUM_Q_HEADS=num_q_heads,
+        NUM_K_HEADS=k.shape[1],
+        HEAD_DIM=head_dim,
+        NUM_PAIRS=num_pairs,
+        STRIDE_UNIT=unit,
+        BLOCK_T=block_t,
+        BLOCK_I=block_i,
+        BLOCK_PASS=triton.next_power_of_2(max(head_dim - 2 * num_pairs, 1)),
+        num_warps=4,
+        **constants,
+    )
+    return q_out, k_out

@@ -1,0 +1,35 @@
+"""Device helpers used unchanged by two or more kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_grid(geometry_ptr, num_grids, search_steps, tokens):
+    """Index of the grid that holds each token: a binary search of ``geometry[:, 0]``."""
+    low = tl.zeros_like(tokens).to(tl.int32)
+    high = low + (num_grids - 1)
+    for _ in range(search_steps):
+        middle = (low + high + 1) // 2
+        first = tl.load(geometry_ptr + middle.to(tl.int64) * 3)
+        low = tl.where(first <= tokens, middle, low)
+        high = tl.where(first <= tokens, high, middle - 1)
+    return low
+
+
+@triton.jit
+def token_to_cell(token, num_cols, MERGE: tl.constexpr):
+    """Row and column of a frame's token, counted from the frame's first, in merge-block order."""
+    block = token // (MERGE * MERGE)
+    in_block = token % (MERGE * MERGE)
+    blocks_in_row = num_cols // MERGE
+    row = block // blocks_in_row * MERGE + in_block // MERGE
+    col = block % blocks_in_row * MERGE + in_block % MERGE
+    return row, col
+
+
+@triton.jit
+def cell_to_token(row, col, num_cols, MERGE: tl.constexpr):
+    """The inverse of ``token_to_cell``."""
+    block = (row // MERGE) * (num_cols // MERGE) + col // MERGE
+    return block * (MERGE * MERGE) + (row % MERGE) * MERGE + col % MERGE

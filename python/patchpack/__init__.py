@@ -1,0 +1,19 @@
+"""Fused kernels for the ragged middle of native-resolution vision-language models."""
+
+from patchpack import reference
+from patchpack._dispatch import available
+from patchpack.ops.mrope import mrope
+from patchpack.ops.rope import rope
+from patchpack.ops.rope_2d import rope_2d
+from patchpack.packing import PackedGrid
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PackedGrid",
+    "available",
+    "mrope",
+    "reference",
+    "rope",
+    "rope_2d",
+]

@@ -1,0 +1,92 @@
+"""Checks of arguments: they read shapes, dtypes and devices, never values on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from patchpack.packing import PackedGrid
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape(name: str, x: Tensor, *want: int | None) -> None:
+    """``x`` is a tensor whose sizes are ``want``; ``None`` stands for any size."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim != len(want) or any(
+        w is not None and n != w for n, w in zip(x.shape, want, strict=True)
+    ):
+        sizes = ", ".join("*" if w is None else str(w) for w in want)
+        raise ValueError(f"{name} must have shape [{sizes}], got {list(x.shape)}")
+
+
+def dtype(name: str, x: Tensor, *want: torch.dtype) -> None:
+    """``x`` has one of the dtypes ``want``."""
+    if x.dtype not in want:
+        names = " or ".join(str(w).removeprefix("torch.") for w in want)
+        raise TypeError(f"{name} must be {names}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def floating(impl: str, **tensors: Tensor) -> None:
+    """All of ``tensors`` share one floating dtype; float64 is for the reference alone."""
+    (first, x), *rest = tensors.items()
+    dtype(first, x, *FLOATS, *((torch.float64,) if impl == "reference" else ()))
+    for name, y in rest:
+        if y.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of {first}, {x.dtype}, got {y.dtype}")
+
+
+def same_device(**tensors: Tensor) -> None:
+    """All of ``tensors`` are on the device of the first."""
+    (first, x), *rest = tensors.items()
+    for name, y in rest:
+        if y.device != x.device:
+            raise ValueError(f"{name} must be on the device of {first}, {x.device}, got {y.device}")
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def integers(name: str, values: Sequence[int]) -> list[int]:
+    """``values`` is a sequence of Python integers."""
+    if not isinstance(values, (list, tuple)) or not all(type(v) is int for v in values):
+        raise TypeError(f"{name} must be a list or tuple of integers, got {values!r}")
+    return list(values)
+
+
+def positive(name: str, value: float) -> None:
+    """``value`` is a number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def heads(impl: str, q: Tensor, k: Tensor) -> None:
+    """``q`` and ``k`` are heads ``[T, H, D]`` of the same tokens, head size, dtype and device."""
+    shape("q", q, None, None, None)
+    shape("k", k, q.shape[0], None, q.shape[2])
+    floating(impl, q=q, k=k)
+    same_device(q=q, k=k)
+
+
+def grid_of(name: str, x: Tensor, grid: PackedGrid) -> None:
+    """``grid`` describes the tokens of ``x``, on the same device."""
+    if not isinstance(grid, PackedGrid):
+        raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
+    if x.shape[0] != grid.num_tokens:
+        raise ValueError(
+            f"{name} must have the {grid.num_tokens} tokens of grid, got {list(x.shape)}"
+        )
+    if grid.geometry.device != x.device:
+        raise ValueError(
+            f"grid must be on the device of {name}, {x.device}, got {grid.geometry.device};"
+            " use grid.to(...)"
+        )

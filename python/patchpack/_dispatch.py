@@ -1,0 +1,112 @@
+"""Which implementation runs, and how an op is registered.
+
+An op is one ``torch.library`` operator a direction: what ``torch.compile``, ``FakeTensor`` and
+autograd see. Behind it stands a Triton launcher, run on the GPU for CUDA tensors and by Triton's
+interpreter for CPU tensors. The reference is plain eager code and needs no registration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+IMPLS = ("triton", "native", "reference")
+
+_LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
+_OPS: set[str] = set()
+_UNAVAILABLE = {
+    "triton": None
+    if importlib.util.find_spec("triton")
+    else "Triton is not installed: pip install triton",
+    "native": None
+    if importlib.util.find_spec("patchpack._C")
+    else "the C++ extension patchpack._C is not part of this installation",
+    "reference": None,
+}
+
+
+def available(op: str, impl: str) -> str | None:
+    """Tell whether ``impl`` of ``op`` can run here.
+
+    Args:
+        op: Name of a public op, such as ``"rope_2d"``.
+        impl: ``"triton"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        ``None`` if it can, otherwise the reason as a sentence. On CPU tensors ``"triton"`` runs in
+        Triton's interpreter: correct, and slow.
+
+    Raises:
+        ValueError: There is no such op or implementation.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op must be one of {', '.join(sorted(_OPS))}, got {op!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    return _UNAVAILABLE[impl]
+
+
+def resolve(op: str, impl: str | None, x: Tensor) -> str:
+    """The implementation that runs for ``x``: the asked one, or the default of its device."""
+    if impl is None:
+        if x.device.type != "cpu":
+            impl = "triton"
+        else:
+            impl = "reference" if _UNAVAILABLE["native"] else "native"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
+    reason = _UNAVAILABLE[impl]
+    if impl == "native" and x.device.type != "cpu":
+        reason = f"it runs on CPU tensors, got one on {x.device}"
+    if reason:
+        raise ValueError(f"impl={impl!r} of {op} is not available: {reason}")
+    return impl
+
+
+def define(
+    schema: str,
+    launcher: str,
+    *,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
+    """Register an operator of the ``patchpack`` namespace.
+
+    Args:
+        schema: The operator in PyTorch's schema language.
+        launcher: ``module:function`` under ``patchpack.kernels``, imported at the first call, with
+            the schema's arguments; the first one is a tensor.
+        fake: Shapes and dtypes of the outputs.
+        setup_context: Saves what ``backward`` needs, ``(ctx, inputs, output)``.
+        backward: Gradients of the inputs. Without it the operator is not differentiable.
+    """
+    name = schema.partition("(")[0]
+    module, _, function = launcher.partition(":")
+    _LIBRARY.define(schema)
+
+    def launch(*args):
+        return getattr(importlib.import_module(f"patchpack.kernels.{module}"), function)(*args)
+
+    def launch_cuda(*args):
+        with torch.cuda.device(args[0].device):
+            return launch(*args)
+
+    def launch_cpu(*args):
+        from patchpack._interpreter import interpreted
+
+        with interpreted():
+            return launch(*args)
+
+    _LIBRARY.impl(name, launch_cuda, "CUDA")
+    _LIBRARY.impl(name, launch_cpu, "CPU")
+    torch.library.register_fake(f"patchpack::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        _OPS.add(name)
+        torch.library.register_autograd(
+            f"patchpack::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )

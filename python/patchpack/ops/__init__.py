@@ -1,0 +1,1 @@
+"""Public ops: what each promises, its checks, its registration and its gradient."""

@@ -1,0 +1,101 @@
+"""``mrope``: rotary position embedding over time, height and width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from patchpack import _check, _dispatch, reference
+
+
+def mrope(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    *,
+    mrope_section: Sequence[int],
+    mrope_interleaved: bool = False,
+    base: float = 1e6,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate heads by positions on three axes: time, height and width.
+
+    Args:
+        q: Queries, ``[T, Hq, D]``, float32, bfloat16 or float16. Any strides; copied only if the
+            last dimension is strided.
+        k: Keys, ``[T, Hk, D]``, dtype of ``q``. ``Hk`` need not be ``Hq``.
+        position_ids: Position of each token on each axis, ``[3, T]``, int32 or int64, below 2**31
+            in magnitude; or ``[4, T]`` with the text positions first, which are ignored.
+        mrope_section: How many of the ``R`` turning pairs belong to time, height and width. Their
+            sum ``R`` is at most ``D / 2``; the channels after ``2 R`` pass through.
+        mrope_interleaved: Deal the pairs out in turn (Qwen3-VL) instead of in three sections
+            (Qwen2-VL). A section that is too long to be dealt out gives its rest to time.
+        base: Wavelength base, dimensionless.
+        impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
+
+    Returns:
+        The rotated ``q`` and ``k``, contiguous, same shapes and dtype. Differentiable in both; only
+        ``position_ids`` is kept for the backward pass, which is the opposite rotation.
+        Deterministic.
+
+    Raises:
+        ValueError: A shape, a device, ``mrope_section`` or ``impl`` does not fit.
+        TypeError: A dtype does not fit.
+
+    The angles are those of ``patchpack.reference.mrope``, exact to 1e-7 at any position. Source:
+    Qwen2-VL, arXiv 2409.12191; the interleaved form is Qwen3-VL's.
+    """
+    impl = _dispatch.resolve("mrope", impl, q)
+    _check.heads(impl, q, k)
+    _check.shape("position_ids", position_ids, None, q.shape[0])
+    if position_ids.shape[0] not in (3, 4):
+        raise ValueError(f"position_ids must have 3 or 4 rows, got {position_ids.shape[0]}")
+    _check.dtype("position_ids", position_ids, torch.int32, torch.int64)
+    _check.same_device(q=q, position_ids=position_ids)
+    sections = _check.integers("mrope_section", mrope_section)
+    if len(sections) != 3 or min(sections) < 0 or not 0 < 2 * sum(sections) <= q.shape[2]:
+        raise ValueError(
+            "mrope_section must be three counts that sum to 1 or more and at most half the head"
+            f" size, {q.shape[2] // 2}, got {sections}"
+        )
+    _check.positive("base", base)
+    if impl == "reference":
+        return reference.mrope(
+            q,
+            k,
+            position_ids,
+            mrope_section=sections,
+            mrope_interleaved=mrope_interleaved,
+            base=base,
+        )
+    return torch.ops.patchpack.mrope(
+        q, k, position_ids, sections, mrope_interleaved, float(base), False
+    )
+
+
+def _fake(q, k, position_ids, mrope_section, mrope_interleaved, base, inverse):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, position_ids, *ctx.options, ctx.inverse = inputs
+    ctx.save_for_backward(position_ids)
+
+
+def _backward(ctx, grad_q, grad_k):
+    # a rotation is orthogonal, so its adjoint is the opposite rotation
+    (position_ids,) = ctx.saved_tensors
+    grads = torch.ops.patchpack.mrope(grad_q, grad_k, position_ids, *ctx.options, not ctx.inverse)
+    return *grads, None, None, None, None, None
+
+
+_dispatch.define(
+    "mrope(Tensor q, Tensor k, Tensor position_ids, int[] mrope_section, bool mrope_interleaved,"
+    " float base, bool inverse) -> (Tensor, Tensor)",
+    "mrope:rotate",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

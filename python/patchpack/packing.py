@@ -1,0 +1,245 @@
+"""The data model: which images or clips are packed into one sequence, and how.
+
+Images of different sizes become one sequence of patches with no padding between them. A
+``PackedGrid`` knows everything that follows from the sizes alone: where each image starts, which
+tokens may attend to each other, and the row and column of every token. It is built on the host
+once a batch, and every op that depends on the sizes takes it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
+# a registered op, so that a grid can be built inside torch.compile: its lengths are data there
+_LIBRARY.define(
+    "grid_metadata(Tensor grid_thw, int spatial_merge_size, bool merge_temporal)"
+    " -> (Tensor geometry, Tensor cu_seqlens, Tensor tokens)"
+)
+
+
+def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
+    for i in np.flatnonzero((sizes < 1).any(axis=1))[:1]:
+        raise ValueError(f"grid_thw[{i}] must be at least 1 on every axis, got {sizes[i].tolist()}")
+    for i in np.flatnonzero((sizes[:, 1:] % spatial_merge_size).any(axis=1))[:1]:
+        raise ValueError(
+            f"grid_thw[{i}] must have rows and columns that divide by"
+            f" spatial_merge_size={spatial_merge_size}, got {sizes[i].tolist()}"
+        )
+    # floats cannot wrap around, and 2**31 is far below what they count exactly
+    num_tokens = sizes.astype(np.float64).prod(axis=1).sum()
+    if num_tokens >= 2**31:
+        raise ValueError(f"grid_thw must hold fewer than 2**31 tokens, got {num_tokens:.0f}")
+    frames, rows, cols = sizes.T
+    lengths = frames * rows * cols
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    geometry = np.stack([offsets, np.append(rows, 1), np.append(cols, 1)], axis=1)
+    segments = lengths if merge_temporal else np.repeat(rows * cols, frames)
+    cu_seqlens = np.concatenate([[0], np.cumsum(segments)]).astype(np.int32)
+    return (
+        torch.tensor(geometry),
+        torch.tensor(cu_seqlens),
+        torch.empty(int(offsets[-1]), 0),  # carries the number of tokens as a size
+    )
+
+
+@torch.library.impl(_LIBRARY, "grid_metadata", "CPU")
+def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
+    return _metadata(grid_thw.numpy(), spatial_merge_size, merge_temporal)
+
+
+@torch.library.register_fake("patchpack::grid_metadata", lib=_LIBRARY)
+def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
+    context = torch.library.get_ctx()
+    return (
+        grid_thw.new_empty(grid_thw.shape[0] + 1, 3),
+        grid_thw.new_empty(context.new_dynamic_size(min=1), dtype=torch.int32),
+        grid_thw.new_empty(context.new_dynamic_size(), 0, dtype=torch.float32),
+    )
+
+
+def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
+    """Sizes as int64 ``[G, 3]``; a pair is a single frame."""
+    rows = []
+    for i, size in enumerate(sizes):
+        row = list(size)
+        if len(row) not in (2, 3):
+            raise ValueError(f"grid_thw[{i}] must be (t, h, w) or (h, w), got {tuple(row)}")
+        if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in row):
+            raise TypeError(f"grid_thw[{i}] must hold integers, got {tuple(row)}")
+        rows.append([1] * (3 - len(row)) + row)
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _on_host(sizes: Tensor) -> Tensor:
+    """Sizes as an int64 CPU tensor ``[G, 3]``; a pair is a single frame."""
+    if sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool:
+        raise TypeError(f"grid_thw must have an integer dtype, got {sizes.dtype}")
+    if sizes.ndim != 2 or sizes.shape[1] not in (2, 3):
+        raise ValueError(f"grid_thw must have shape [G, 3] or [G, 2], got {list(sizes.shape)}")
+    grid_thw = sizes.detach().to("cpu", torch.int64)
+    if sizes.shape[1] == 2:
+        return torch.cat([torch.ones_like(grid_thw[:, :1]), grid_thw], dim=1)
+    return grid_thw.clone()
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGrid:
+    """Images or clips packed into one sequence of patches.
+
+    Args:
+        grid_thw: Frames, rows and columns of each image or clip, in patches: rows of Python
+            integers ``(t, h, w)``, or ``(h, w)`` for single images, or an integer tensor
+            ``[G, 3]`` or ``[G, 2]``. A tensor on another device than the CPU costs one copy to the
+            host, which waits for that device.
+        spatial_merge_size: ``m``. With 1 the tokens of a frame are in raster order (row, column);
+            with more, every ``m x m`` block of patches is contiguous: (row / m, column / m, m, m).
+        merge_temporal: One attention segment a clip if true, one a frame otherwise.
+        device: Where ``geometry``, ``cu_seqlens`` and ``position_ids`` live; by default the device
+            of ``grid_thw``.
+
+    Attributes:
+        grid_thw: int64 ``[G, 3]``, on the CPU.
+        num_tokens: ``T``, the length of the packed sequence, known on the host.
+        geometry: int64 ``[G + 1, 3]``, on ``device``: first token, rows and columns of each grid;
+            the last row is ``(T, 1, 1)``. It is what kernels read.
+        cu_seqlens: int32 ``[S + 1]``, on ``device``: where attention segments begin and end.
+
+    Raises:
+        TypeError: ``grid_thw`` or ``spatial_merge_size`` does not hold integers.
+        ValueError: A shape does not fit, a size is below 1, rows or columns do not divide by
+            ``spatial_merge_size``, or there are 2**31 tokens or more.
+    """
+
+    grid_thw: Tensor
+    spatial_merge_size: int = 1
+    merge_temporal: bool = False
+    device: torch.device | str | None = field(default=None, kw_only=True)
+    num_tokens: int = field(init=False)
+    geometry: Tensor = field(init=False, repr=False)
+    cu_seqlens: Tensor = field(init=False, repr=False)
+    _position_ids: Tensor | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        m = self.spatial_merge_size
+        if isinstance(m, bool) or not isinstance(m, int):
+            raise TypeError(f"spatial_merge_size must be an int, got {m!r}")
+        if m < 1:
+            raise ValueError(f"spatial_merge_size must be at least 1, got {m}")
+        device = self.device
+        if device is None:
+            device = self.grid_thw.device if isinstance(self.grid_thw, Tensor) else "cpu"
+        if isinstance(self.grid_thw, Tensor):
+            grid_thw = _on_host(self.grid_thw)
+            metadata = torch.ops.patchpack.grid_metadata(grid_thw, m, self.merge_temporal)
+        else:
+            rows = _rows_of(self.grid_thw)
+            grid_thw = torch.tensor(rows)
+            metadata = _metadata(rows, m, self.merge_temporal)
+        geometry, cu_seqlens, tokens = metadata
+        self._set(
+            grid_thw=grid_thw,
+            device=torch.device(device),
+            num_tokens=tokens.shape[0],
+            geometry=geometry.to(device, non_blocking=True),
+            cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+        )
+
+    def _set(self, **fields) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_grids(self) -> int:
+        """``G``, the number of images and clips."""
+        return self.grid_thw.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        """``S``, the number of attention segments."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest attention segment, computed on the host."""
+        first = 0 if self.merge_temporal else 1
+        lengths = self.grid_thw[:, first:].prod(dim=1).tolist()
+        return max(lengths, default=0)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Row and column of every token, int64 ``[T, 2]``, in patches; built once, no sync."""
+        if self._position_ids is None:
+            self._set(_position_ids=self._rows_and_cols())
+        return self._position_ids  # type: ignore[return-value]
+
+    def _rows_and_cols(self) -> Tensor:
+        token = torch.arange(self.num_tokens, device=self.geometry.device)
+        grid = torch.searchsorted(self.geometry[1:, 0].contiguous(), token, right=True)
+        first, rows, cols = self.geometry[grid].unbind(dim=1)  # [T] each
+        m = self.spatial_merge_size
+        in_frame = (token - first) % (rows * cols)
+        block, in_block = in_frame // (m * m), in_frame % (m * m)
+        row = block // (cols // m) * m + in_block // m
+        col = block % (cols // m) * m + in_block % m
+        return torch.stack([row, col], dim=1)
+
+    def merged(self) -> PackedGrid:
+        """The grid after every ``m x m`` block of patches became one token, in raster order."""
+        m = self.spatial_merge_size
+        divisor = torch.tensor([1, m, m])
+        return PackedGrid(
+            self.grid_thw // divisor, 1, self.merge_temporal, device=self.geometry.device
+        )
+
+    def to(self, device: torch.device | str) -> PackedGrid:
+        """The same grid with its device tensors on ``device``; itself if they are there."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if device == self.geometry.device:
+            return self
+        moved = copy.copy(self)
+        moved._set(
+            device=device,
+            _position_ids=None,
+            geometry=self.geometry.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+        )
+        return moved
+
+    def validate(self) -> None:
+        """Check that the device tensors say what ``grid_thw`` says. Waits for the device.
+
+        Raises:
+            ValueError: A tensor was changed after the grid was built.
+        """
+        fresh = PackedGrid(self.grid_thw, self.spatial_merge_size, self.merge_temporal)
+        for name in ("geometry", "cu_seqlens", "position_ids"):
+            want, got = getattr(fresh, name), getattr(self, name).cpu()
+            if not torch.equal(want, got):
+                raise ValueError(f"{name} must be {want.tolist()}, got {got.tolist()}")
+
+
+def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Check the values of ``cu_seqlens``, which ops do not read. Waits for the device.
+
+    Args:
+        cu_seqlens: Where segments begin and end, int32 ``[S + 1]``, in tokens.
+        num_tokens: Length of the packed sequence; the last segment may end before it.
+
+    Raises:
+        ValueError: It does not start at 0, decreases, or ends past ``num_tokens``.
+    """
+    bounds = cu_seqlens.tolist()
+    if not bounds or bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must start with 0, got {bounds[:1]}")
+    for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < begin:
+            raise ValueError(f"cu_seqlens must not decrease, got {begin}, {end} at {i}")
+    if bounds[-1] > num_tokens:
+        raise ValueError(f"cu_seqlens must end at or before {num_tokens}, got {bounds[-1]}")

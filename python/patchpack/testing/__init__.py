@@ -1,0 +1,1 @@
+"""What tests, benchmarks and users share to check an op: cases, comparison, interpreter, compiler."""

@@ -1,0 +1,226 @@
+"""The table of contents: every op, its reference, its named cases and what it is differentiable in.
+
+A case is a batch of images. ``Spec.make_images`` gives the arguments of each image alone and
+``Spec.pack`` joins them, so that the contract can compare a packed batch with its images one by
+one. Sizes are ``(t, h, w)`` in patches; ``(0, 0, 0)`` stands for no image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import patchpack
+from patchpack import reference
+from patchpack.packing import PackedGrid
+
+Inputs = dict[str, Any]
+Sizes = Sequence[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One op and everything the contract needs to know of it.
+
+    ``make_images(sizes, dtype, device, seed, **options)`` gives keyword arguments of ``op``, one
+    dictionary an image. ``cases`` maps a name to ``sizes`` and further options. ``grads`` names the
+    arguments that the op is differentiable in.
+    """
+
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    make_images: Callable[..., list[Inputs]]
+    pack: Callable[[Sequence[Inputs]], Inputs]
+    cases: dict[str, Inputs]
+    grads: tuple[str, ...]
+
+    def make_inputs(self, case: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
+        """The packed arguments of a named case."""
+        return self.pack(self.make_images(dtype=dtype, device=device, seed=seed, **self.cases[case]))
+
+
+def grid_of(size: tuple[int, int, int], merge: int, device: str) -> PackedGrid:
+    """The grid of one image, or of none if it has no tokens."""
+    return PackedGrid([size] if all(size) else [], merge, device=device)
+
+
+def cat_grids(grids: Sequence[PackedGrid]) -> PackedGrid:
+    """The grid of all the images of ``grids``, in order."""
+    first = grids[0]
+    return PackedGrid(
+        torch.cat([grid.grid_thw for grid in grids]),
+        first.spatial_merge_size,
+        first.merge_temporal,
+        device=first.geometry.device,
+    )
+
+
+def _pack(images: Sequence[Inputs], *, along: dict[str, int]) -> Inputs:
+    """Join tensors along the dimension ``along`` names for them, and grids; the rest is shared."""
+    packed = dict(images[0])
+    for name, dim in along.items():
+        packed[name] = torch.cat([image[name] for image in images], dim=dim)
+    if "grid" in packed:
+        packed["grid"] = cat_grids([image["grid"] for image in images])
+    return packed
+
+
+def _random(generator: torch.Generator, *shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+# ------------------------------------------------------------------------------------------- rope
+
+
+def _head_images(sizes: Sizes, dtype, device, seed, heads, head_dim) -> list[Inputs]:
+    generator = torch.Generator().manual_seed(seed)
+    num_q_heads, num_k_heads = heads
+    images = []
+    for t, h, w in sizes:
+        tokens = t * h * w
+        images.append(
+            {
+                "q": _random(generator, tokens, num_q_heads, head_dim, dtype=dtype, device=device),
+                "k": _random(generator, tokens, num_k_heads, head_dim, dtype=dtype, device=device),
+            }
+        )
+    return images
+
+
+def _rope_images(
+    sizes, dtype, device, seed, heads=(2, 2), head_dim=64, pairs=None, full=False, **options
+) -> list[Inputs]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    images = _head_images(sizes, dtype, device, seed, heads, head_dim)
+    for image in images:
+        angle = torch.randn(image["q"].shape[0], pairs or head_dim // 2, generator=generator) * 9
+        if full:
+            interleaved = options.get("interleaved")
+            angle = angle.repeat_interleave(2, dim=1) if interleaved else angle.repeat(1, 2)
+        image |= {"cos": angle.cos().to(device), "sin": angle.sin().to(device), **options}
+    return images
+
+
+_ROPE = Spec(
+    op=patchpack.rope,
+    reference=reference.rope,
+    make_images=_rope_images,
+    pack=lambda images: _pack(images, along={"q": 0, "k": 0, "cos": 0, "sin": 0}),
+    cases={
+        "one image": {"sizes": [(1, 8, 8)]},
+        "ragged, GQA": {"sizes": [(1, 1, 1), (2, 3, 5), (1, 7, 4)], "heads": (4, 1)},
+        "interleaved": {"sizes": [(1, 3, 5), (1, 2, 9)], "interleaved": True, "head_dim": 72},
+        "partial": {"sizes": [(1, 3, 5), (1, 2, 9)], "head_dim": 80, "pairs": 20},
+        "partial, interleaved": {
+            "sizes": [(1, 3, 5)],
+            "head_dim": 96,
+            "pairs": 12,
+            "interleaved": True,
+        },
+        "full-width table": {"sizes": [(1, 3, 5), (1, 2, 2)], "head_dim": 128, "full": True},
+        "full-width table, interleaved": {
+            "sizes": [(1, 3, 5), (1, 2, 2)],
+            "head_dim": 32,
+            "full": True,
+            "interleaved": True,
+        },
+    },
+    grads=("q", "k"),
+)
+
+
+# ---------------------------------------------------------------------------------------- rope_2d
+
+
+def _rope_2d_images(
+    sizes, dtype, device, seed, heads=(2, 2), head_dim=64, merge=1, **options
+) -> list[Inputs]:
+    images = _head_images(sizes, dtype, device, seed, heads, head_dim)
+    for size, image in zip(sizes, images, strict=True):
+        image |= {"grid": grid_of(size, merge, device), **options}
+    return images
+
+
+_ROPE_2D = Spec(
+    op=patchpack.rope_2d,
+    reference=reference.rope_2d,
+    make_images=_rope_2d_images,
+    pack=lambda images: _pack(images, along={"q": 0, "k": 0}),
+    cases={
+        "one image": {"sizes": [(1, 8, 8)]},
+        "Qwen2-VL": {
+            "sizes": [(1, 4, 6), (2, 6, 2), (1, 2, 2), (1, 8, 8)],
+            "heads": (4, 4),
+            "head_dim": 80,
+            "merge": 2,
+        },
+        "Pixtral": {"sizes": [(1, 5, 7), (1, 1, 13)], "axes": "even_odd"},
+        "MoonViT": {
+            "sizes": [(1, 5, 7), (3, 2, 3)],
+            "head_dim": 72,
+            "axes": "paired",
+            "interleaved": True,
+        },
+        "head size 32, GQA": {"sizes": [(1, 3, 3), (1, 9, 2)], "head_dim": 32, "heads": (6, 2)},
+        "head size 88": {"sizes": [(1, 4, 4), (1, 8, 4)], "head_dim": 88, "merge": 4},
+        "head size 96": {"sizes": [(1, 4, 5)], "head_dim": 96, "interleaved": True},
+        "head size 128": {"sizes": [(1, 6, 4), (1, 2, 2)], "head_dim": 128, "merge": 2},
+        "many images": {"sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(33)]},
+        "thin": {"sizes": [(1, 1, 97), (1, 101, 1)], "base": 100.0},
+    },
+    grads=("q", "k"),
+)
+
+
+# ------------------------------------------------------------------------------------------ mrope
+
+
+def _mrope_images(
+    sizes, dtype, device, seed, heads=(4, 2), head_dim=128, sections=(16, 24, 24), **options
+) -> list[Inputs]:
+    rows, start = options.pop("rows", 3), options.pop("start", 0)
+    images = _head_images(sizes, dtype, device, seed, heads, head_dim)
+    for (t, h, w), image in zip(sizes, images, strict=True):
+        ids = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).reshape(-1, 3)
+        ids = torch.cat([ids.new_full((rows - 3, len(ids)), -7), start + ids.T])
+        image |= {"position_ids": ids.to(device), "mrope_section": sections, **options}
+    return images
+
+
+_MROPE = Spec(
+    op=patchpack.mrope,
+    reference=reference.mrope,
+    make_images=_mrope_images,
+    pack=lambda images: _pack(images, along={"q": 0, "k": 0, "position_ids": 1}),
+    cases={
+        "Qwen2-VL": {"sizes": [(1, 4, 6), (3, 2, 2)]},
+        "Qwen3-VL": {
+            "sizes": [(1, 4, 6), (3, 2, 2)],
+            "sections": (24, 20, 20),
+            "mrope_interleaved": True,
+            "base": 5e6,
+        },
+        "text row": {"sizes": [(1, 5, 3)], "rows": 4, "heads": (7, 1)},
+        "position 131k": {"sizes": [(2, 3, 3), (1, 2, 2)], "start": 131_000},
+        "partial": {"sizes": [(1, 4, 4)], "sections": (8, 12, 12), "head_dim": 96},
+        "partial, interleaved": {
+            "sizes": [(1, 4, 4)],
+            "sections": (11, 11, 10),
+            "head_dim": 80,
+            "mrope_interleaved": True,
+        },
+        "no time": {"sizes": [(1, 4, 4), (1, 3, 2)], "sections": (0, 16, 16), "head_dim": 64},
+    },
+    grads=("q", "k"),
+)
+
+
+SPECS: dict[str, Spec] = {
+    "rope": _ROPE,
+    "rope_2d": _ROPE_2D,
+    "mrope": _MROPE,
+}

@@ -1,0 +1,238 @@
+"""What the compiler makes of every kernel an op launches, for a GPU that need not be there.
+
+    with compiled.session("sm_90") as launches:
+        patchpack.rope_2d(q, k, grid, impl="triton")  # CPU tensors
+    print(compiled.report(launches))
+
+Each launch is specialised and compiled as it would be on the target, by what its arguments are:
+pointers and integers divisible by 16, integers equal to 1. What the machine code holds is a fact;
+how long it takes is not to be had from it.
+"""
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from patchpack._interpreter import execute, interpreted
+
+# Bytes of shared memory one block may have.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+TENSOR_MEMORY = 512  # columns, on targets that have it
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch and the machine code it would run."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    target: str
+    num_warps: int
+    shared: int  # bytes of shared memory a block
+    registers: int  # a thread; on AMD vector registers, accumulation registers included
+    stack: int  # bytes a thread: spilled registers and local arrays
+    opcodes: Counter[str]
+
+    @property
+    def instructions(self) -> int:
+        return self.opcodes.total()
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of the stack."""
+        return self._count(r"LDL|STL|scratch_(load|store)")
+
+    @property
+    def loads(self) -> int:
+        """Loads of global memory, those into shared memory included."""
+        return self._count(r"LDG|(global|buffer)_load")
+
+    @property
+    def wide_loads(self) -> int:
+        """Loads of at least 128 bits a thread."""
+        return self._count(r"LDG.*\.(128|256)|(global|buffer)_load\w*(x4|b128)")
+
+    @property
+    def stores(self) -> int:
+        """Stores to global memory."""
+        return self._count(r"STG|(global|buffer)_store")
+
+    @property
+    def wide_stores(self) -> int:
+        """Stores of at least 128 bits a thread."""
+        return self._count(r"STG.*\.(128|256)|(global|buffer)_store\w*(x4|b128)")
+
+    @property
+    def tensor_core(self) -> dict[str, int]:
+        """Matrix instructions by kind: HMMA, HGMMA (sm_90), UTC*MMA (sm_100), MFMA or WMMA (AMD)."""
+        kinds = Counter()
+        for opcode, count in self.opcodes.items():
+            if kind := re.match(r"H?G?MMA|UTC\w*MMA|v_(mfma|wmma)", opcode):
+                kinds[(kind[1] or kind[0]).upper()] += count
+        return dict(kinds)
+
+    def _count(self, pattern: str) -> int:
+        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
+
+
+@contextlib.contextmanager
+def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
+    """Compile for ``target`` what is launched on CPU tensors within this context.
+
+    Args:
+        target: A key of ``SHARED_MEMORY``.
+        run: Whether the interpreter runs each launch too. Otherwise outputs stay uninitialised.
+
+    Yields:
+        The launches, in order; it grows.
+
+    Raises:
+        ValueError: Nothing is known of ``target``.
+        RuntimeError: ``TRITON_INTERPRET`` is set: kernels then cannot be compiled.
+        OutOfResources: At a launch that needs more shared memory than ``target`` has.
+    """
+    if target not in SHARED_MEMORY:
+        raise ValueError(f"target must be one of {', '.join(SHARED_MEMORY)}, got {target!r}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET set: unset it")
+    compile_only = functools.partial(JITFunction.run, warmup=True)
+    launches = []
+
+    def launch(kernel, grid, args, kwargs):
+        binary = compile_only(kernel, *args, grid=grid, **kwargs)
+        _check_resources(binary, target)
+        launches.append(_inspect(kernel, binary, target, _dimensions(kernel, grid, args, kwargs)))
+        if run:
+            execute(kernel, grid, args, kwargs)
+
+    real_driver = driver._active
+    driver.set_active(_Driver(target))
+    try:
+        with interpreted(launch):
+            yield launches
+    finally:
+        driver._active = real_driver
+
+
+def report(launches: Sequence[Launch]) -> str:
+    """A plain table of ``launches``, a line each."""
+    header = "kernel target grid warps regs stack spills shared tensor-core loads stores instr"
+    rows = [header.split()]
+    for launch in launches:
+        kinds = "+".join(f"{n} {kind}" for kind, n in launch.tensor_core.items())
+        rows.append(
+            [
+                launch.kernel,
+                launch.target,
+                "x".join(map(str, launch.grid)),
+                str(launch.num_warps),
+                str(launch.registers),
+                str(launch.stack),
+                str(launch.spills),
+                str(launch.shared),
+                kinds or "-",
+                f"{launch.wide_loads}/{launch.loads}",
+                f"{launch.wide_stores}/{launch.stores}",
+                str(launch.instructions),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines) + "\nloads, stores: of 128 bits and more / all\n"
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        if self.target.startswith("gfx"):
+            return GPUTarget("hip", self.target, 64)
+        return GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> str:
+        return self.target  # kernels keep what they compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def _check_resources(binary: Any, target: str) -> None:
+    """What Triton checks when it loads a kernel on the target."""
+    shared, limit = binary.metadata.shared, SHARED_MEMORY[target]
+    if shared > limit:
+        raise OutOfResources(shared, limit, "shared memory")
+    tensor = getattr(binary.metadata, "tmem_size", None) or 0
+    if tensor > TENSOR_MEMORY:
+        raise OutOfResources(tensor, TENSOR_MEMORY, "tensor memory")
+
+
+def _dimensions(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict) -> tuple[int, int, int]:
+    if callable(grid):
+        named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        bound = kernel.signature.bind(*args, **named)
+        bound.apply_defaults()
+        grid = grid(bound.arguments)
+    x, y, z = (*grid, 1, 1)[:3]
+    return int(x), int(y), int(z)
+
+
+def _inspect(kernel: JITFunction, binary: Any, target: str, grid: tuple[int, int, int]) -> Launch:
+    read = _read_amd if target.startswith("gfx") else _read_nvidia
+    source = binary.asm["amdgcn" if target.startswith("gfx") else "cubin"]
+    registers, stack, opcodes = read(source)
+    return Launch(
+        kernel=kernel.__name__,
+        grid=grid,
+        target=target,
+        num_warps=binary.metadata.num_warps,
+        shared=binary.metadata.shared,
+        registers=registers,
+        stack=stack,
+        opcodes=opcodes,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _read_nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
+    """Registers, stack and instructions, from the ``cuobjdump`` that Triton carries."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"  # address, predicate, opcode
+    opcodes = Counter(re.findall(line, text, re.MULTILINE))
+    del opcodes["NOP"]  # padding
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], opcodes
+
+
+@functools.lru_cache(maxsize=256)
+def _read_amd(assembly: str) -> tuple[int, int, Counter[str]]:
+    usage = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
+    opcodes = Counter(re.findall(r"^\t((?:v|s|ds|global|buffer|flat|scratch)_\w+)", assembly, re.M))
+    return int(usage["vgpr_count"]), int(usage["private_segment_fixed_size"]), opcodes

@@ -1,0 +1,394 @@
+"""What every op owes, as functions of a ``Spec``, a case and where it runs.
+
+Each check raises ``AssertionError`` with what it found. The tests run all of them over the whole
+catalogue, and ``python -m patchpack verify`` runs them on the machine of a user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patchpack.packing import PackedGrid
+from patchpack.testing.catalogue import SPECS, Inputs, Spec
+from patchpack.testing.compare import Accuracy, measure
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One named case of one op, and where and in which dtype to run it."""
+
+    op: str
+    case: str
+    dtype: torch.dtype = torch.float32
+    impl: str = "triton"
+    device: str = "cpu"
+
+    @property
+    def spec(self) -> Spec:
+        return SPECS[self.op]
+
+    def images(self, seed: int = 0, **changes) -> list[Inputs]:
+        options = {**self.spec.cases[self.case], **changes}
+        return self.spec.make_images(dtype=self.dtype, device=self.device, seed=seed, **options)
+
+    def inputs(self, **changes) -> Inputs:
+        return self.spec.pack(self.images(**changes))
+
+    def __call__(self, inputs: Inputs) -> Any:
+        return self.spec.op(**inputs, impl=self.impl)
+
+
+def floats(result: Any) -> list[Tensor]:
+    """The floating tensors of a result, in order."""
+    results = result if isinstance(result, tuple) else (result,)
+    return [x for x in results if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def differentiate(
+    function: Callable[[Inputs], Any],
+    inputs: Inputs,
+    grads: tuple[str, ...],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of ``function``, under cotangents that depend on the output alone.
+
+    With ``dtype``, inputs and cotangents are first converted: the same values, already rounded.
+    """
+    leaves = {name: _convert(inputs[name], dtype).detach().requires_grad_() for name in grads}
+    outputs = floats(function({**inputs, **leaves}))
+    cotangents = [_convert(_cotangent(x, inputs[grads[0]].dtype), dtype) for x in outputs]
+    torch.autograd.backward(outputs, cotangents)
+    results = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None, f"no gradient for {name}"
+        results[f"grad_{name}"] = leaf.grad
+    return results
+
+
+def _convert(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)
+
+
+def _cotangent(output: Tensor, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(output.numel())
+    cotangent = torch.randn(output.shape, generator=generator).to(dtype)
+    kept = output.dtype if output.dtype != torch.float64 else torch.float64
+    return cotangent.to(output.device, kept)
+
+
+def _equal(name: str, got: Tensor, want: Tensor) -> None:
+    same = (got == want) | (got.isnan() & want.isnan())
+    assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, want {want.dtype}"
+    assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, want {list(want.shape)}"
+    assert same.all(), f"{name}: {(~same).sum()} of {same.numel()} values differ"
+
+
+def _all_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        _equal(name, got[name], want[name])
+
+
+def accuracies(subject: Subject) -> list[Accuracy]:
+    """Error of every output and gradient, and eager's own, against a float64 oracle."""
+    spec, inputs = subject.spec, subject.inputs()
+    actual = differentiate(subject, inputs, spec.grads)
+    eager = differentiate(lambda x: spec.reference(**x), inputs, spec.grads)
+    oracle = differentiate(lambda x: spec.reference(**x), inputs, spec.grads, torch.float64)
+    return [measure(name, actual[name], eager[name], oracle[name]) for name in actual]
+
+
+def check_accuracy(subject: Subject) -> None:
+    """Every output and gradient errs at most twice as much as eager, in maximum and in RMS."""
+    failed = [str(accuracy) for accuracy in accuracies(subject) if not accuracy.passed]
+    assert not failed, "; ".join(failed)
+
+
+def check_strided(subject: Subject) -> None:
+    """Views of larger buffers, full of NaN elsewhere, give the same bits as contiguous inputs."""
+    inputs = subject.inputs()
+    strided = {name: _as_view(x) for name, x in inputs.items()}
+    want = differentiate(subject, inputs, subject.spec.grads)
+    leaves = {n: strided[n].detach().requires_grad_() for n in subject.spec.grads}
+    outputs = floats(subject({**strided, **leaves}))
+    cotangents = [_as_view(_cotangent(x, subject.dtype)) for x in outputs]
+    torch.autograd.backward(outputs, cotangents)
+    got = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    got |= {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+    _all_equal(got, want)
+
+
+def _as_view(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+        return x
+    buffer = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), float("nan"))
+    buffer[:, 1 : 1 + x.shape[1]] = x
+    return buffer[:, 1 : 1 + x.shape[1]]
+
+
+def check_inputs_unmodified(subject: Subject) -> None:
+    """Forward and backward leave every input and cotangent as it was."""
+    inputs = subject.inputs()
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    if "grid" in inputs:
+        grid = inputs["grid"]
+        tensors |= {"geometry": grid.geometry, "grid_thw": grid.grid_thw}
+    before = {name: x.clone() for name, x in tensors.items()}
+    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
+    outputs = floats(subject({**inputs, **leaves}))
+    cotangents = [_cotangent(x, subject.dtype) for x in outputs]
+    kept = [x.clone() for x in cotangents]
+    torch.autograd.backward(outputs, cotangents)
+    _all_equal(tensors, before)
+    for i, (x, want) in enumerate(zip(cotangents, kept, strict=True)):
+        _equal(f"cotangent {i}", x, want)
+
+
+def check_fully_written(subject: Subject) -> None:
+    """Nothing of a result is memory that was never written: allocations hold NaN beforehand."""
+    inputs = subject.inputs()
+    want = differentiate(subject, inputs, subject.spec.grads)
+    with _poisoned_allocations():
+        assert torch.empty(1).isnan().all()
+        got = differentiate(subject, inputs, subject.spec.grads)
+    _all_equal(got, want)
+
+
+@contextlib.contextmanager
+def _poisoned_allocations() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def check_empty(subject: Subject) -> None:
+    """No tokens in, no tokens out, and gradients of the right shape."""
+    inputs = subject.inputs(sizes=[(0, 0, 0)])
+    got = differentiate(subject, inputs, subject.spec.grads)
+    want = differentiate(lambda x: subject.spec.reference(**x), inputs, subject.spec.grads)
+    _all_equal(got, want)
+    assert all(x.numel() == 0 for name, x in got.items() if name.startswith("output"))
+
+
+def check_packed(subject: Subject) -> None:
+    """A packed batch has the bits of its images one by one, and permuting images permutes it."""
+    images = subject.images()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1)).tolist()
+    for batch in (images, [images[i] for i in order]):
+        packed = _run_forward(subject, subject.spec.pack(batch))
+        alone = [_run_forward(subject, subject.spec.pack([image])) for image in batch]
+        for i, x in enumerate(packed):
+            _equal(f"output {i}", x, torch.cat([y[i] for y in alone], dim=_token_dim(x, alone, i)))
+    grads = [_run_backward(subject, subject.spec.pack([image])) for image in images]
+    for name, grad in _run_backward(subject, subject.spec.pack(images)).items():
+        _equal(f"grad_{name}", grad, torch.cat([g[name] for g in grads]))
+
+
+def _token_dim(x: Tensor, alone: list[list[Tensor]], i: int) -> int:
+    return 0 if sum(y[i].shape[0] for y in alone) == x.shape[0] else 1
+
+
+def _run_forward(subject: Subject, inputs: Inputs) -> list[Tensor]:
+    return floats(subject(inputs))
+
+
+def _run_backward(subject: Subject, inputs: Inputs) -> dict[str, Tensor]:
+    """Gradients under a cotangent that is a function of the output's values."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
+    outputs = floats(subject({**inputs, **leaves}))
+    torch.autograd.backward(outputs, [torch.sin(3 * x.detach()) for x in outputs])
+    return {name: leaf.grad for name, leaf in leaves.items()}  # type: ignore[misc]
+
+
+def check_deterministic(subject: Subject, runs: int = 5) -> None:
+    """Every run gives the same bits."""
+    inputs = subject.inputs()
+    first = differentiate(subject, inputs, subject.spec.grads)
+    for _ in range(runs - 1):
+        _all_equal(differentiate(subject, inputs, subject.spec.grads), first)
+
+
+def check_opcheck(subject: Subject) -> None:
+    """``torch.library.opcheck`` on every registered op that forward and backward call."""
+    inputs = subject.inputs()
+    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
+    with _Recorder() as recorder:
+        outputs = floats(subject({**inputs, **leaves}))
+        torch.autograd.backward(outputs, [_cotangent(x, subject.dtype) for x in outputs])
+    assert recorder.calls, "no op of the patchpack namespace was called"
+    for op, args in recorder.calls:
+        tests = ["test_schema", "test_faketensor"]
+        differentiable = op._schema.name == f"patchpack::{subject.op}"
+        if differentiable:
+            tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+            args = [
+                x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in args
+            ]
+        torch.library.opcheck(op, tuple(args), test_utils=tests)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, list[Any]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "patchpack":
+            self.calls.append((func, list(args)))
+        return func(*args, **(kwargs or {}))
+
+
+# batches that differ in the number of images and of tokens; every size divides by 4
+LENGTH_SETS = (
+    [(1, 4, 4), (1, 8, 4)],
+    [(1, 4, 8)] * 3,
+    [(2, 4, 4), (1, 8, 8), (1, 4, 4), (1, 4, 12)],
+    [(1, 12, 4)],
+    [(1, 8, 8)] * 2,
+    [(1, 4, 4)] * 7,
+)
+
+
+def check_compiled(subject: Subject) -> None:
+    """``torch.compile(fullgraph=True)`` gives eager's bits and compiles twice for six batches."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(subject, fullgraph=True, backend=counter)
+    for sizes in LENGTH_SETS:
+        inputs = subject.inputs(sizes=sizes)
+        want = differentiate(subject, inputs, subject.spec.grads)
+        _all_equal(differentiate(compiled, inputs, subject.spec.grads), want)
+    assert counter.frame_count <= 2, f"{counter.frame_count} compilations, want at most 2"
+
+
+def check_shapes_alone(subject: Subject) -> None:
+    """Meta and fake tensors get the shapes, strides and dtypes of real ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    inputs = subject.inputs()
+    want = [(x.shape, x.stride(), x.dtype) for x in floats(subject(inputs))]
+    got = [(x.shape, x.stride(), x.dtype) for x in floats(subject(_to_meta(inputs)))]
+    assert got == want, f"meta gives {got}, want {want}"
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fake = {n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+        if "grid" in inputs:
+            grid = inputs["grid"]
+            fake["grid"] = PackedGrid(
+                grid.grid_thw.tolist(), grid.spatial_merge_size, grid.merge_temporal
+            )
+        outputs = floats(subject(fake))
+    assert [x.dtype for x in outputs] == [dtype for _, _, dtype in want]
+    assert [x.ndim for x in outputs] == [len(shape) for shape, _, _ in want]
+
+
+def _to_meta(inputs: Inputs) -> Inputs:
+    host = ("target_hw",)
+    return {
+        name: x.to("meta") if isinstance(x, (Tensor, PackedGrid)) and name not in host else x
+        for name, x in inputs.items()
+    }
+
+
+class _OnDevice(Tensor):
+    """A tensor that refuses to be read by the host, as one on a busy GPU should be left alone."""
+
+    READS = frozenset(
+        getattr(Tensor, name)
+        for name in (
+            *("item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select"),
+            *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__iter__"),
+        )
+    ) | {torch.nonzero, torch.masked_select, torch.unique, torch.equal, torch.allclose}
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        waits = func in cls.READS
+        waits |= func in (Tensor.to, Tensor.copy_) and ("cpu" in args or "cpu" in kwargs.values())
+        waits |= func in (torch.repeat_interleave, Tensor.repeat_interleave) and (
+            "output_size" not in kwargs
+        )
+        assert not waits, f"the host waits for the device: {func.__name__}"
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def check_no_sync(subject: Subject) -> None:
+    """Neither the checks nor the launch nor the backward pass read a value of a device tensor."""
+    from patchpack import _interpreter
+
+    def run(kernel, grid, args, kwargs):
+        plain = [x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in args]
+        _interpreter.execute(kernel, grid, tuple(plain), kwargs)
+
+    inputs = subject.inputs()
+    guarded = {
+        name: x.as_subclass(_OnDevice) if isinstance(x, Tensor) and name != "target_hw" else x
+        for name, x in inputs.items()
+    }
+    if "grid" in inputs:
+        grid = replace(inputs["grid"])
+        for name in ("geometry", "cu_seqlens"):
+            object.__setattr__(grid, name, getattr(grid, name).as_subclass(_OnDevice))
+        guarded["grid"] = grid
+    leaves = {name: guarded[name].detach().requires_grad_() for name in subject.spec.grads}
+    with _interpreter.interpreted(run=run):
+        outputs = floats(subject({**guarded, **leaves}))
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    with contextlib.suppress(AssertionError):
+        outputs[0].sum().item()
+        raise RuntimeError("the guard does not guard")
+
+
+def check_int64_offsets(subject: Subject) -> None:
+    """Tokens more than 2**31 elements into a buffer are read; only touched pages are committed."""
+    inputs = subject.inputs()
+    want = _run_forward(subject, inputs)
+    spread = {
+        name: _spread(x) if isinstance(x, Tensor) and name in subject.spec.grads else x
+        for name, x in inputs.items()
+    }
+    for i, (x, y) in enumerate(zip(_run_forward(subject, spread), want, strict=True)):
+        _equal(f"output {i}", x, y)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The same values with the last token's offset past 2**31 elements."""
+    stride = -(-(2**31) // max(x.shape[0] - 1, 1)) + 15 & ~15
+    buffer = torch.empty(stride * x.shape[0], dtype=x.dtype, device=x.device)
+    view = buffer.as_strided(x.shape, (stride, *x.stride()[1:]))
+    return view.copy_(x)
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    "accuracy": check_accuracy,
+    "strided inputs": check_strided,
+    "inputs unmodified": check_inputs_unmodified,
+    "fully written": check_fully_written,
+    "empty input": check_empty,
+    "packed as alone": check_packed,
+    "deterministic": check_deterministic,
+    "opcheck": check_opcheck,
+    "compiled": check_compiled,
+    "meta and fake": check_shapes_alone,
+    "no host sync": check_no_sync,
+    "int64 offsets": check_int64_offsets,
+}
