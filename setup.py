@@ -1,4 +1,4 @@
-"""Everything is declared in pyproject.toml; the optional C++ extension of csrc/ will be built here."""
+"""Everything is declared in pyproject.toml; csrc/ will be built from here (see csrc/README.md)."""
 
 from setuptools import setup
 

@@ -7,11 +7,12 @@ where the installed Triton needs it: see ``patchpack._interpreter_arithmetic``.
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,13 +28,17 @@ def interpreted(run: Callable[..., Any] | None = None) -> Iterator[None]:
     runs, ``triton.language`` is the interpreter's, and no other thread may compile a kernel.
 
     Args:
-        run: Called as ``run(kernel, grid, args, kwargs)`` in place of ``execute``. The outermost
-            context decides: in a context that is already active ``run`` must be left out.
+        run: Called as ``run(kernel, grid, args, kwargs)`` in place of ``execute``, for the launches
+            in this context and those inside it. Only the outermost context may have one.
+
+    Raises:
+        RuntimeError: ``run`` was given inside another context.
     """
     global _active
     with _lock:
         if _active:
-            assert run is None, "the outermost context decides how launches are run"
+            if run is not None:
+                raise RuntimeError("run is for the outermost context, and one is active already")
             yield
             return
         with _redirected(run or execute):
@@ -62,7 +67,7 @@ def _redirected(run: Callable[..., Any]) -> Iterator[None]:
 
     from patchpack._interpreter_arithmetic import repaired
 
-    compiled_run = JITFunction.run
+    compiled_run, builder = JITFunction.run, interpreter.interpreter_builder
     patch_language, to_argument = interpreter._patch_lang, interpreter._implicit_cvt
 
     def launch(kernel, *args, grid, warmup, **kwargs):
@@ -75,9 +80,9 @@ def _redirected(run: Callable[..., Any]) -> Iterator[None]:
 
     def argument(value):  # as on a GPU, where a float argument has single precision
         if isinstance(value, bool):
-            return tl.tensor(interpreter.interpreter_builder.get_int1(value), tl.int1)
+            return tl.tensor(builder.get_int1(value), tl.int1)
         if isinstance(value, float):
-            return tl.tensor(interpreter.interpreter_builder.get_fp32(value), tl.float32)
+            return tl.tensor(builder.get_fp32(value), tl.float32)
         return to_argument(value)
 
     # The parts of the language a kernel sees are patched, once a launch: let that be all of it.
@@ -94,6 +99,9 @@ def _redirected(run: Callable[..., Any]) -> Iterator[None]:
             stack.enter_context(replaced(function, "__call__", call))
         stack.enter_context(replaced(interpreter, "_implicit_cvt", argument))
         stack.enter_context(replaced(interpreter, "_patch_lang", language))
+        # Overflow is looked for, at a price, but reported only in the builder's debug mode.
+        options = dataclasses.replace(builder.options, sanitize_overflow=False)
+        stack.enter_context(replaced(builder, "options", options))
         stack.enter_context(repaired())
         yield
 
@@ -114,11 +122,10 @@ def _rewrite(function: Callable[..., Any]) -> Callable[..., Any]:
         def _compile_and_exec(self, tree):
             names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
             names = names & vars(interpreter).keys() - function.__globals__.keys()
-            source = f"def bind({', '.join(sorted(names))}):\n return {function.__name__}"
-            bind = ast.parse(source)
-            bind.body[0].body.insert(0, tree.body[0])
+            module = ast.parse(f"def bind({', '.join(names)}): return {function.__name__}")
+            cast(ast.FunctionDef, module.body[0]).body.insert(0, tree.body[0])
             namespace = {}
-            exec(compile(bind, self.filename, "exec"), function.__globals__, namespace)
+            exec(compile(module, self.filename, "exec"), function.__globals__, namespace)
             return namespace["bind"](**{name: getattr(interpreter, name) for name in names})
 
     return Rewriter(function).rewrite_ast()

@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
+from triton.runtime.interpreter import (
+    InterpreterBuilder,
+    ReduceOps,
+    ReduceScanOpInterface,
+    ScanOps,
+    TensorHandle,
+)
 
 from patchpack._interpreter import execute, replaced
 
@@ -37,7 +43,15 @@ def repaired() -> Iterator[None]:
 @functools.cache
 def _stock_is_right() -> bool:
     """Whether the installed interpreter, asked to calculate with bfloat16, gets it right."""
-    a, b = torch.arange(-128, 384).mul(3).remainder(31).sub(15).div(8).bfloat16().view(2, 16, 16)
+    a, b = (
+        torch.arange(-128, 384, device="cpu")
+        .mul(3)
+        .remainder(31)
+        .sub(15)
+        .div(8)
+        .bfloat16()
+        .view(2, 16, 16)
+    )
     expected = torch.stack(
         [
             (a.float() @ b.float()).bfloat16(),
@@ -109,6 +123,11 @@ class Builder(InterpreterBuilder):
     def create_minnumf(self, lhs, rhs):
         return self.binary_op(lhs, rhs, np.fmin)
 
+    def create_umulhi(self, lhs, rhs):
+        bits = [TensorHandle(h.data.view(f"u{h.data.itemsize}"), h.dtype) for h in (lhs, rhs)]
+        result = super().create_umulhi(*bits)
+        return TensorHandle(result.data.view(lhs.data.dtype), lhs.dtype.scalar)
+
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return super().create_dot(
             _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc
@@ -125,7 +144,7 @@ class Builder(InterpreterBuilder):
         return self.cast_impl(TensorHandle(_to_odd(total, error), tl.float64), z.dtype)
 
 
-class _Widened:
+class _Widened(ReduceScanOpInterface):
     """A reduction or scan of bfloat16 that runs in float32 and rounds its results once."""
 
     def apply_impl(self, inputs):

@@ -9,6 +9,7 @@ once a batch, and every op that depends on the sizes takes it.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -89,7 +90,7 @@ def _on_host(sizes: Tensor) -> Tensor:
     return grid_thw.clone()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class PackedGrid:
     """Images or clips packed into one sequence of patches.
 
@@ -118,37 +119,46 @@ class PackedGrid:
     """
 
     grid_thw: Tensor
-    spatial_merge_size: int = 1
-    merge_temporal: bool = False
-    device: torch.device | str | None = field(default=None, kw_only=True)
+    spatial_merge_size: int
+    merge_temporal: bool
+    device: torch.device
     num_tokens: int = field(init=False)
     geometry: Tensor = field(init=False, repr=False)
     cu_seqlens: Tensor = field(init=False, repr=False)
-    _position_ids: Tensor | None = field(init=False, repr=False, default=None)
+    _position_ids: Tensor | None = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        m = self.spatial_merge_size
+    def __init__(
+        self,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        spatial_merge_size: int = 1,
+        merge_temporal: bool = False,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        m = spatial_merge_size
         if isinstance(m, bool) or not isinstance(m, int):
             raise TypeError(f"spatial_merge_size must be an int, got {m!r}")
         if m < 1:
             raise ValueError(f"spatial_merge_size must be at least 1, got {m}")
-        device = self.device
-        if device is None:
-            device = self.grid_thw.device if isinstance(self.grid_thw, Tensor) else "cpu"
-        if isinstance(self.grid_thw, Tensor):
-            grid_thw = _on_host(self.grid_thw)
-            metadata = torch.ops.patchpack.grid_metadata(grid_thw, m, self.merge_temporal)
+        if isinstance(grid_thw, Tensor):
+            device = grid_thw.device if device is None else device
+            sizes = _on_host(grid_thw)
+            metadata = torch.ops.patchpack.grid_metadata(sizes, m, merge_temporal)
         else:
-            rows = _rows_of(self.grid_thw)
-            grid_thw = torch.tensor(rows)
-            metadata = _metadata(rows, m, self.merge_temporal)
+            rows = _rows_of(grid_thw)
+            sizes = torch.tensor(rows)
+            metadata = _metadata(rows, m, merge_temporal)
         geometry, cu_seqlens, tokens = metadata
+        device = torch.device(device or "cpu")
         self._set(
-            grid_thw=grid_thw,
-            device=torch.device(device),
+            grid_thw=sizes,
+            spatial_merge_size=m,
+            merge_temporal=merge_temporal,
+            device=device,
             num_tokens=tokens.shape[0],
             geometry=geometry.to(device, non_blocking=True),
             cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+            _position_ids=None,
         )
 
     def _set(self, **fields) -> None:
@@ -175,9 +185,11 @@ class PackedGrid:
     @property
     def position_ids(self) -> Tensor:
         """Row and column of every token, int64 ``[T, 2]``, in patches; built once, no sync."""
-        if self._position_ids is None:
-            self._set(_position_ids=self._rows_and_cols())
-        return self._position_ids  # type: ignore[return-value]
+        position_ids = self._position_ids
+        if position_ids is None:
+            position_ids = self._rows_and_cols()
+            self._set(_position_ids=position_ids)
+        return position_ids
 
     def _rows_and_cols(self) -> Tensor:
         token = torch.arange(self.num_tokens, device=self.geometry.device)
@@ -238,7 +250,7 @@ def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0:
         raise ValueError(f"cu_seqlens must start with 0, got {bounds[:1]}")
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if end < begin:
             raise ValueError(f"cu_seqlens must not decrease, got {begin}, {end} at {i}")
     if bounds[-1] > num_tokens:

@@ -12,6 +12,8 @@ has axis ``j % 3`` where ``j < 3 * mrope_section[j % 3]``, else axis 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def mrope(
     k: Tensor,
     position_ids: Tensor,
     *,
-    mrope_section: tuple[int, int, int],
+    mrope_section: Sequence[int],
     mrope_interleaved: bool = False,
     base: float = 1e6,
 ) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""What tests, benchmarks and users share to check an op: cases, comparison, interpreter, compiler."""
+"""What tests, benchmarks and users share: cases, comparison, contract, compiled kernels."""

@@ -40,7 +40,8 @@ class Spec:
 
     def make_inputs(self, case: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
         """The packed arguments of a named case."""
-        return self.pack(self.make_images(dtype=dtype, device=device, seed=seed, **self.cases[case]))
+        options = self.cases[case]
+        return self.pack(self.make_images(dtype=dtype, device=device, seed=seed, **options))
 
 
 def grid_of(size: tuple[int, int, int], merge: int, device: str) -> PackedGrid:

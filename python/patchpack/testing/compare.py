@@ -15,8 +15,8 @@ MAX_RELATIVE_RMS = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 
 class Accuracy:
     """Errors of one tensor and of eager's own, against a float64 oracle.
 
-    ``error`` and ``eager_error`` are the largest absolute errors, ``rms`` and ``eager_rms`` the root
-    mean squares, ``budget`` and ``rms_budget`` what the policy allows.
+    ``error`` and ``eager_error`` are the largest absolute errors, ``rms`` and ``eager_rms`` the
+    root mean squares, ``budget`` and ``rms_budget`` what the policy allows.
     """
 
     name: str

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from patchpack._interpreter import execute, interpreted
+from patchpack._interpreter import execute, interpreted, replaced
 
 # Bytes of shared memory one block may have.
 SHARED_MEMORY = {
@@ -46,6 +46,7 @@ class Launch:
     """One kernel launch and the machine code it would run."""
 
     kernel: str
+    key: str  # equal for launches that one compilation serves
     grid: tuple[int, int, int]
     target: str
     num_warps: int
@@ -85,10 +86,10 @@ class Launch:
 
     @property
     def tensor_core(self) -> dict[str, int]:
-        """Matrix instructions by kind: HMMA, HGMMA (sm_90), UTC*MMA (sm_100), MFMA or WMMA (AMD)."""
-        kinds = Counter()
+        """Matrix instructions by kind: HMMA, HGMMA (sm_90), UTC*MMA (sm_100), MFMA (AMD)."""
+        kinds: Counter[str] = Counter()
         for opcode, count in self.opcodes.items():
-            if kind := re.match(r"H?G?MMA|UTC\w*MMA|v_(mfma|wmma)", opcode):
+            if kind := re.match(r"H?G?MMA|UTC\w*MMA|v_(mfma)", opcode):
                 kinds[(kind[1] or kind[0]).upper()] += count
         return dict(kinds)
 
@@ -114,7 +115,7 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
     """
     if target not in SHARED_MEMORY:
         raise ValueError(f"target must be one of {', '.join(SHARED_MEMORY)}, got {target!r}")
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET set: unset it")
     compile_only = functools.partial(JITFunction.run, warmup=True)
     launches = []
@@ -126,18 +127,13 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
         if run:
             execute(kernel, grid, args, kwargs)
 
-    real_driver = driver._active
-    driver.set_active(_Driver(target))
-    try:
-        with interpreted(launch):
-            yield launches
-    finally:
-        driver._active = real_driver
+    with interpreted(launch), replaced(driver, "_active", _Driver(target)):
+        yield launches
 
 
 def report(launches: Sequence[Launch]) -> str:
     """A plain table of ``launches``, a line each."""
-    header = "kernel target grid warps regs stack spills shared tensor-core loads stores instr"
+    header: str = "kernel target grid warps regs stack spills shared tensor-core loads stores instr"
     rows = [header.split()]
     for launch in launches:
         kinds = "+".join(f"{n} {kind}" for kind, n in launch.tensor_core.items())
@@ -206,6 +202,7 @@ def _inspect(kernel: JITFunction, binary: Any, target: str, grid: tuple[int, int
     registers, stack, opcodes = read(source)
     return Launch(
         kernel=kernel.__name__,
+        key=binary.hash,
         grid=grid,
         target=target,
         num_warps=binary.metadata.num_warps,
@@ -222,7 +219,7 @@ def _read_nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"  # address, predicate, opcode

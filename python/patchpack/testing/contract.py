@@ -166,14 +166,11 @@ def check_fully_written(subject: Subject) -> None:
 @contextlib.contextmanager
 def _poisoned_allocations() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def check_empty(subject: Subject) -> None:
@@ -237,7 +234,9 @@ def check_opcheck(subject: Subject) -> None:
         if differentiable:
             tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
             args = [
-                x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+                x.detach().requires_grad_()
+                if isinstance(x, Tensor) and x.is_floating_point()
+                else x
                 for x in args
             ]
         torch.library.opcheck(op, tuple(args), test_utils=tests)

@@ -1,0 +1,777 @@
+"""Qwen2-VL: every image at its own resolution, one position scheme for text, images and video.
+
+In the order of the paper: naive dynamic resolution (``smart_resize``, ``plan``), images and videos
+understood in one way (``plan_video``, two frames to a patch), patches (``preprocess``), and
+multimodal rotary position embedding (``mrope_position_ids``, applied by ``patchpack.mrope``).
+
+Source: Wang et al., "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any
+Resolution", arXiv 2409.12191, with the behaviour of the released code: the Qwen2-VL classes of
+transformers, and qwen-vl-utils. The original pipeline resizes twice, once in each of the two, and
+their limits differ; here one plan decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchpack import _check
+from patchpack.packing import PackedGrid
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    Image: TypeAlias = PIL.Image.Image | np.ndarray | Tensor
+
+VISION_START = 151652
+VISION_END = 151653
+IMAGE_PAD = 151655
+VIDEO_PAD = 151656
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_ASPECT = 200
+# fewest and most language-model tokens of an image
+IMAGE_TOKENS = {
+    "transformers": (4, 1280),
+    "transformers_4_45": (4, 1280),
+    "qwen_vl_utils": (4, 16384),
+}
+# fewest and most language-model tokens that a frame would take if it were an image
+FRAME_TOKENS = (128, 768)
+# most language-model tokens of a video; not kept where the fewest per frame add up to more
+VIDEO_TOKENS = {"qwen_vl_utils_0_0_8": 24_576, "qwen_vl_utils_0_0_14": 115_200}
+SAMPLED_FPS = 2.0
+MAX_FRAMES = 768
+
+
+# Naive dynamic resolution ------------------------------------------------------------------------
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int = 28,
+    min_pixels: float | None = None,
+    max_pixels: float | None = None,
+    variant: str = "transformers",
+) -> tuple[int, int]:
+    """The size an image is resized to: near its own, whole in tokens, within a budget of pixels.
+
+    Each side becomes the nearest multiple of ``factor`` (halves to even). If the product leaves the
+    budget, both sides are scaled by one ratio and rounded, down where there are too many pixels, up
+    where there are too few. The area can stay above ``max_pixels`` only where a side is already
+    ``factor``, or where rounding up passes a budget narrower than that.
+
+    Args:
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+        factor: Side of one language-model token, in pixels: patch size times merge size.
+        min_pixels: Smallest area; by default 4 tokens.
+        max_pixels: Largest area; by default 1280 tokens, and 16384 in ``"qwen_vl_utils"``.
+        variant: Whose rules for thin images. ``"transformers"`` keeps a side of at least ``factor``
+            when it shrinks. ``"transformers_4_45"`` refuses sides below ``factor``.
+            ``"qwen_vl_utils"`` lifts sides to ``factor`` before it looks at the budget and not
+            after, so a thin image over the budget gets a side of **0**. ``plan`` refuses that.
+
+    Returns:
+        Height and width after resizing, in pixels, multiples of ``factor``.
+
+    Raises:
+        ValueError: A size or limit is not positive, the limits cross, one side is over 200 times
+            the other, or is below ``factor`` in ``"transformers_4_45"``.
+        TypeError: A size or limit is not a number.
+    """
+    _check.one_of("variant", variant, IMAGE_TOKENS)
+    _natural(height=height, width=width, factor=factor)
+    min_tokens, max_tokens = IMAGE_TOKENS[variant]
+    min_pixels = min_tokens * factor**2 if min_pixels is None else min_pixels
+    max_pixels = max_tokens * factor**2 if max_pixels is None else max_pixels
+    _check.positive("min_pixels", min_pixels)
+    _check.positive("max_pixels", max_pixels)
+    if max_pixels < min_pixels:
+        raise ValueError(f"max_pixels must be at least min_pixels={min_pixels}, got {max_pixels}")
+    if variant == "transformers_4_45" and min(height, width) < factor:
+        raise ValueError(
+            f"height and width must be at least factor={factor} in variant {variant!r},"
+            f" got {height} x {width}"
+        )
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(
+            f"height and width must be within a ratio of {MAX_ASPECT}, got {height} x {width}"
+        )
+
+    h, w = (round(side / factor) * factor for side in (height, width))
+    if variant == "qwen_vl_utils":
+        h, w = max(h, factor), max(w, factor)
+    if h * w > max_pixels:
+        ratio = math.sqrt(height * width / max_pixels)
+        h, w = (math.floor(side / ratio / factor) * factor for side in (height, width))
+        if variant == "transformers":
+            h, w = max(h, factor), max(w, factor)
+    elif h * w < min_pixels:
+        ratio = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * ratio / factor) * factor for side in (height, width))
+    return h, w
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one image or video.
+
+    Attributes:
+        height: Height before resizing, in pixels.
+        width: Width before resizing, in pixels.
+        resized: Height and width after resizing, in pixels.
+        grid_thw: Frames, rows and columns, in patches.
+        patch_size: Side of a patch, in pixels.
+        temporal_patch_size: Frames to a patch.
+        merge_size: Side of the block of patches that becomes one language-model token.
+        frame_indices: Which frames of a video are used; ``None`` for an image.
+    """
+
+    height: int
+    width: int
+    resized: tuple[int, int]
+    grid_thw: tuple[int, int, int]
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    frame_indices: tuple[int, ...] | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that are read: one for an image, which fills a temporal patch by repetition."""
+        return 1 if self.frame_indices is None else len(self.frame_indices)
+
+    @property
+    def vit_tokens(self) -> int:
+        """Patches, the tokens of the vision transformer."""
+        return math.prod(self.grid_thw)
+
+    @property
+    def llm_tokens(self) -> int:
+        """Tokens of the language model, after the merge."""
+        return self.vit_tokens // self.merge_size**2
+
+    @property
+    def markup_tokens(self) -> int:
+        """Text tokens around the vision tokens: ``VISION_START`` and ``VISION_END``."""
+        return 2
+
+    @property
+    def total_tokens(self) -> int:
+        """What the image or video takes of the language model's context."""
+        return self.llm_tokens + self.markup_tokens
+
+
+def plan(
+    height: int,
+    width: int,
+    *,
+    min_pixels: float | None = None,
+    max_pixels: float | None = None,
+    patch_size: int = 14,
+    temporal_patch_size: int = 2,
+    merge_size: int = 2,
+    variant: str = "transformers",
+) -> Plan:
+    """Plan one image. A 224 x 224 image takes 66 tokens: 64 and two of markup.
+
+    Args:
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+        min_pixels: Smallest area after resizing; ``smart_resize`` has the default.
+        max_pixels: Largest area after resizing, likewise.
+        patch_size: Side of a patch, in pixels.
+        temporal_patch_size: Frames to a patch.
+        merge_size: Side of the block of patches that becomes one language-model token.
+        variant: Whose rules for thin images: see ``smart_resize``.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: ``smart_resize`` refuses the size, or it returns an empty one.
+        TypeError: A size or limit is not a number.
+    """
+    _natural(patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size)
+    resized = smart_resize(
+        height,
+        width,
+        factor=patch_size * merge_size,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        variant=variant,
+    )
+    if 0 in resized:
+        raise ValueError(
+            f"height and width must leave at least one token a side in variant {variant!r},"
+            f" got {height} x {width}, resized to {resized[0]} x {resized[1]}"
+        )
+    grid_thw = (1, resized[0] // patch_size, resized[1] // patch_size)
+    return Plan(height, width, resized, grid_thw, patch_size, temporal_patch_size, merge_size)
+
+
+def _natural(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+# Video -------------------------------------------------------------------------------------------
+
+
+def smart_nframes(
+    total_frames: int,
+    video_fps: float | None,
+    *,
+    fps: float | None = None,
+    nframes: int | None = None,
+    min_frames: int = 4,
+    max_frames: int | None = None,
+    frame_factor: int = 2,
+    variant: str = "qwen_vl_utils_0_0_8",
+) -> int:
+    """How many frames of a video are used: two a second, within limits, whole in patches.
+
+    Args:
+        total_frames: Frames of the video.
+        video_fps: Frames per second of the video; may be ``None`` if ``nframes`` is given.
+        fps: Frames per second to use; by default 2.
+        nframes: Frames to use, instead of ``fps``; rounded to a multiple of ``frame_factor``,
+            halves to even. The limits do not apply to it.
+        min_frames: Fewest frames, rounded up to a multiple of ``frame_factor``.
+        max_frames: Most frames, rounded down likewise; by default 768 or all of the video.
+        frame_factor: Frames to a patch.
+        variant: ``"qwen_vl_utils_0_0_8"`` rounds the count to the nearest multiple of
+            ``frame_factor``, ``"qwen_vl_utils_0_0_14"`` down, after a limit of ``total_frames``.
+
+    Returns:
+        The number of frames.
+
+    Raises:
+        ValueError: ``fps`` and ``nframes`` are both given, a number is not positive, or the count
+            is not between ``frame_factor`` and ``total_frames``.
+        TypeError: A number is missing or not a number.
+    """
+    _check.one_of("variant", variant, VIDEO_TOKENS)
+    _natural(total_frames=total_frames, frame_factor=frame_factor)
+    if nframes is not None:
+        _natural(nframes=nframes)
+        if fps is not None:
+            raise ValueError(f"fps must be None where nframes={nframes} is given, got {fps}")
+        count = round(nframes / frame_factor) * frame_factor
+    else:
+        fps = SAMPLED_FPS if fps is None else fps
+        max_frames = min(MAX_FRAMES, total_frames) if max_frames is None else max_frames
+        if video_fps is None:
+            raise ValueError("video_fps or nframes must be given, got neither")
+        _check.positive("video_fps", video_fps)
+        _check.positive("fps", fps)
+        _natural(min_frames=min_frames, max_frames=max_frames)
+        fewest = math.ceil(min_frames / frame_factor) * frame_factor
+        most = math.floor(max_frames / frame_factor) * frame_factor
+        wanted = min(max(total_frames / video_fps * fps, fewest), most)
+        if variant == "qwen_vl_utils_0_0_8":
+            count = round(wanted / frame_factor) * frame_factor
+        else:
+            count = math.floor(min(wanted, total_frames) / frame_factor) * frame_factor
+    if not frame_factor <= count <= total_frames:
+        raise ValueError(
+            f"the number of frames must be from frame_factor={frame_factor} to"
+            f" total_frames={total_frames}, got {count}"
+        )
+    return count
+
+
+def frame_indices(total_frames: int, nframes: int) -> tuple[int, ...]:
+    """``nframes`` frames from the first to the last, evenly spaced, rounded (halves to even)."""
+    # in float32, as the original does: for long videos the rounding shows
+    return tuple(torch.linspace(0, total_frames - 1, nframes).round().long().tolist())
+
+
+def max_frame_pixels(
+    nframes: int,
+    *,
+    min_pixels: float | None = None,
+    total_pixels: float | None = None,
+    factor: int = 28,
+    temporal_patch_size: int = 2,
+    variant: str = "qwen_vl_utils_0_0_8",
+) -> float:
+    """The largest area of a frame that keeps a video within ``total_pixels``.
+
+    It is at most 768 tokens' worth and at least 1.05 times ``min_pixels``, even where that many
+    frames then exceed ``total_pixels``: 768 frames of 1280 x 720 take 46080 tokens of a budget of
+    24576 by default.
+
+    Args:
+        nframes: Frames that are used.
+        min_pixels: Smallest area of a frame; by default 128 tokens' worth.
+        total_pixels: Area of the video, counted once for the frames of a temporal patch; by default
+            24576 tokens' worth, and 115200 in ``"qwen_vl_utils_0_0_14"``. The paper trained with
+            16384, which is ``16384 * factor**2``.
+        factor: Side of one language-model token, in pixels.
+        temporal_patch_size: Frames to a patch.
+        variant: Whose default for ``total_pixels``.
+
+    Returns:
+        The area, in pixels; not always whole.
+
+    Raises:
+        ValueError: A number is not positive, or ``variant`` is unknown.
+        TypeError: A number is not one.
+    """
+    _check.one_of("variant", variant, VIDEO_TOKENS)
+    min_pixels = FRAME_TOKENS[0] * factor**2 if min_pixels is None else min_pixels
+    total_pixels = VIDEO_TOKENS[variant] * factor**2 if total_pixels is None else total_pixels
+    _natural(nframes=nframes, factor=factor, temporal_patch_size=temporal_patch_size)
+    _check.positive("min_pixels", min_pixels)
+    _check.positive("total_pixels", total_pixels)
+    share = total_pixels / nframes * temporal_patch_size
+    return max(min(FRAME_TOKENS[1] * factor**2, share), int(min_pixels * 1.05))
+
+
+def plan_video(
+    total_frames: int,
+    video_fps: float | None,
+    height: int,
+    width: int,
+    *,
+    fps: float | None = None,
+    nframes: int | None = None,
+    min_frames: int = 4,
+    max_frames: int | None = None,
+    min_pixels: float | None = None,
+    max_pixels: float | None = None,
+    total_pixels: float | None = None,
+    patch_size: int = 14,
+    temporal_patch_size: int = 2,
+    merge_size: int = 2,
+    variant: str = "qwen_vl_utils_0_0_8",
+) -> Plan:
+    """Plan one video: which frames, and one size for all of them.
+
+    Args:
+        total_frames: Frames of the video.
+        video_fps: Frames per second of the video. ``None``, with neither ``fps`` nor ``nframes``,
+            says that the frames were chosen already: all are used.
+        height: Height of a frame, in pixels.
+        width: Width of a frame, in pixels.
+        fps: Frames per second to use: see ``smart_nframes``.
+        nframes: Frames to use, instead of ``fps``.
+        min_frames: Fewest frames.
+        max_frames: Most frames.
+        min_pixels: Smallest area of a frame; by default 128 tokens' worth.
+        max_pixels: Largest area of a frame; by default, and in ``"qwen_vl_utils_0_0_14"`` at most,
+            that of ``max_frame_pixels``.
+        total_pixels: Area of the video: see ``max_frame_pixels``.
+        patch_size: Side of a patch, in pixels.
+        temporal_patch_size: Frames to a patch.
+        merge_size: Side of the block of patches that becomes one language-model token.
+        variant: Whose rules: ``"qwen_vl_utils_0_0_8"`` or ``"qwen_vl_utils_0_0_14"``.
+
+    Returns:
+        The plan; ``frame_indices`` says which frames ``preprocess`` wants.
+
+    Raises:
+        ValueError: ``smart_nframes`` or ``smart_resize`` refuses a number, or a side would be 0.
+        TypeError: A number is missing or not a number.
+    """
+    _natural(
+        total_frames=total_frames,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+        merge_size=merge_size,
+    )
+    if video_fps is None and fps is None and nframes is None:
+        indices = tuple(range(total_frames))
+    else:
+        count = smart_nframes(
+            total_frames,
+            video_fps,
+            fps=fps,
+            nframes=nframes,
+            min_frames=min_frames,
+            max_frames=max_frames,
+            frame_factor=temporal_patch_size,
+            variant=variant,
+        )
+        indices = frame_indices(total_frames, count)
+
+    factor = patch_size * merge_size
+    min_pixels = FRAME_TOKENS[0] * factor**2 if min_pixels is None else min_pixels
+    num_frames = math.ceil(len(indices) / temporal_patch_size) * temporal_patch_size
+    limit = max_frame_pixels(
+        num_frames,
+        min_pixels=min_pixels,
+        total_pixels=total_pixels,
+        factor=factor,
+        temporal_patch_size=temporal_patch_size,
+        variant=variant,
+    )
+    if max_pixels is None:
+        max_pixels = limit
+    elif variant == "qwen_vl_utils_0_0_14":
+        max_pixels = min(max_pixels, limit)
+    frame = plan(
+        height,
+        width,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+        merge_size=merge_size,
+        variant="qwen_vl_utils",
+    )
+    grid_thw = (num_frames // temporal_patch_size, *frame.grid_thw[1:])
+    return replace(frame, grid_thw=grid_thw, frame_indices=indices)
+
+
+# Patches -----------------------------------------------------------------------------------------
+
+
+def patchify(
+    frames: Tensor, *, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
+) -> Tensor:
+    """Cut frames of one size into patches, those of a language-model token next to each other.
+
+    Args:
+        frames: ``[frames, channels, height, width]``, any dtype, in pixels. The last frame is
+            repeated until the temporal patch is full; an image is one frame.
+        patch_size: Side of a patch, in pixels.
+        temporal_patch_size: Frames to a patch.
+        merge_size: Side of the block of patches that becomes one language-model token.
+
+    Returns:
+        A copy, ``[T, channels * temporal_patch_size * patch_size**2]``. Rows run over time, block
+        row, block column, row and column in the block; columns over channel, time, row, column.
+        Differentiable.
+
+    Raises:
+        ValueError: ``frames`` is not of rank 4, is empty, or its sides do not divide by
+            ``patch_size * merge_size``.
+    """
+    _check.shape("frames", frames, None, None, None, None)
+    p, tp, m = patch_size, temporal_patch_size, merge_size
+    num_frames, channels, height, width = frames.shape
+    if num_frames == 0 or height % (p * m) or width % (p * m):
+        raise ValueError(
+            f"frames must have at least one frame and sides that divide by {p * m},"
+            f" got {list(frames.shape)}"
+        )
+    missing = -num_frames % tp
+    frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    rows, cols = height // (p * m), width // (p * m)
+    split = frames.reshape(-1, tp, channels, rows, m, p, cols, m, p)
+    return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * tp * p * p)
+
+
+def preprocess(
+    images: Sequence[Image | Sequence[Image]],
+    plans: Sequence[Plan] | None = None,
+    *,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, PackedGrid]:
+    """Images and videos of different sizes to one packed sequence of normalised patches.
+
+    Each frame becomes 8-bit RGB (transparency on white), is resized with Pillow's bicubic filter,
+    scaled to 0..1, normalised, and cut into patches. Runs on the host.
+
+    Args:
+        images: Images and videos. An image is a Pillow image with 8 bits a channel, a NumPy array
+            ``[height, width, channels]`` or ``[height, width]``, or a CPU tensor
+            ``[channels, height, width]`` or ``[height, width]``, with 1, 3 or 4 channels, uint8, or
+            floating in 0..1 and then rounded to 8 bits. A video is a sequence of images, or an
+            array or tensor with the frames in front: the frames that its plan names.
+        plans: What becomes of each; by default ``plan`` of an image's size, and ``plan_video`` of
+            all frames of a video.
+        mean: Mean of each channel, in 0..1; by default CLIP's.
+        std: Standard deviation of each channel, likewise.
+        dtype: Dtype of the patches, floating; computed in float32 and rounded once.
+
+    Returns:
+        The patches, ``[T, 3 * temporal_patch_size * patch_size**2]`` on the CPU, as ``patchify``
+        orders them, and their grid, in merge-block order with one attention segment a frame.
+
+    Raises:
+        ValueError: An image does not fit its plan or the shapes above, floats leave 0..1, plans
+            differ in their patch, temporal or merge size, or their number is not that of images.
+        TypeError: An image or ``dtype`` is of no kind listed above.
+    """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating, got {dtype}")
+    for name, value in (("mean", mean), ("std", std)):
+        if len(value) != 3:
+            raise ValueError(f"{name} must have 3 numbers, got {value}")
+    clips = [_rgb_frames(f"images[{i}]", image) for i, image in enumerate(images)]
+    if plans is None:
+        plans = [_default_plan(image, clip) for image, clip in zip(images, clips, strict=True)]
+    if len(plans) != len(clips):
+        raise ValueError(f"plans must be one for each of {len(clips)} images, got {len(plans)}")
+    for i, (p, clip) in enumerate(zip(plans, clips, strict=True)):
+        want = (p.num_frames, p.height, p.width)
+        got = (len(clip), clip[0].height, clip[0].width)
+        if want != got:
+            raise ValueError(
+                f"images[{i}] must have the frames, height and width of plans[{i}], {want},"
+                f" got {got}"
+            )
+    sizes = {(p.patch_size, p.temporal_patch_size, p.merge_size) for p in plans} or {(14, 2, 2)}
+    if len(sizes) > 1:
+        raise ValueError(f"plans must share patch, temporal and merge size, got {sorted(sizes)}")
+    ((patch_size, temporal_patch_size, merge_size),) = sizes
+
+    sizes_thw = torch.tensor([p.grid_thw for p in plans], dtype=torch.int64).view(-1, 3)
+    grid = PackedGrid(sizes_thw, merge_size)
+    pixels = torch.empty(grid.num_tokens, 3 * temporal_patch_size * patch_size**2, dtype=dtype)
+    center, scale = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
+    outs = pixels.unflatten(1, (3, -1)).split([p.vit_tokens for p in plans])
+    for out, clip, p in zip(outs, clips, plans, strict=True):
+        height, width = p.resized
+        frames = np.stack([np.asarray(frame.resize((width, height))) for frame in clip])  # bicubic
+        patches = patchify(  # of bytes: a quarter of the traffic of floats
+            torch.from_numpy(frames).permute(0, 3, 1, 2),
+            patch_size=patch_size,
+            temporal_patch_size=temporal_patch_size,
+            merge_size=merge_size,
+        )
+        out.copy_((patches.unflatten(1, (3, -1)) / 255 - center) / scale)
+    return pixels, grid
+
+
+def _is_video(image: Any) -> bool:
+    return isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
+
+
+def _default_plan(image: Any, clip: list[PIL.Image.Image]) -> Plan:
+    height, width = clip[0].height, clip[0].width
+    return plan_video(len(clip), None, height, width) if _is_video(image) else plan(height, width)
+
+
+def _rgb_frames(name: str, image: Any) -> list[PIL.Image.Image]:
+    if not _is_video(image):
+        return [_rgb(name, image)]
+    clip = [_rgb(f"{name}[{i}]", frame) for i, frame in enumerate(image)]
+    if len({frame.size for frame in clip}) != 1:
+        sizes = sorted({(frame.height, frame.width) for frame in clip})
+        raise ValueError(f"{name} must have frames of one size, got {sizes}")
+    return clip
+
+
+def _rgb(name: str, image: Any) -> PIL.Image.Image:
+    import PIL.Image  # here, because the rest of this file works without Pillow
+
+    if isinstance(image, Tensor):
+        if image.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {image.device}")
+        image = (image.float() if image.is_floating_point() else image).detach().numpy()
+        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+    if isinstance(image, np.ndarray):
+        channels = image.shape[2:]
+        if image.ndim < 2 or channels not in ((), (1,), (3,), (4,)) or image.size == 0:
+            raise ValueError(
+                f"{name} must be one image of 1, 3 or 4 channels, got {list(image.shape)}"
+            )
+        if np.issubdtype(image.dtype, np.floating):
+            if not (image.min() >= 0 and image.max() <= 1):
+                raise ValueError(
+                    f"{name} must be in 0..1, got {image.min():.6g}..{image.max():.6g}"
+                )
+            image = np.rint(image * 255).astype(np.uint8)
+        if image.dtype != np.uint8:
+            raise TypeError(f"{name} must be uint8 or floating, got {image.dtype}")
+        image = PIL.Image.fromarray(image[..., 0] if channels == (1,) else image)
+    if not isinstance(image, PIL.Image.Image):
+        raise TypeError(
+            f"{name} must be a Pillow image, array or tensor, got {type(image).__name__}"
+        )
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these to white without a word
+        raise ValueError(f"{name} must have 8 bits a channel, got Pillow mode {image.mode!r}")
+    if image.has_transparency_data:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+# Multimodal rotary position embedding ------------------------------------------------------------
+
+
+def vision_tokens(plan: Plan) -> list[int]:
+    """Token ids of an image or video in the text, its embeddings' places between the markup."""
+    pad = IMAGE_PAD if plan.frame_indices is None else VIDEO_PAD
+    return [VISION_START, *[pad] * plan.llm_tokens, VISION_END]
+
+
+def mrope_position_ids(
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    merge_size: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """Position of every token on the axes time, height and width.
+
+    Text advances all three axes together, one a token. The tokens of an image or video share a
+    start and count frames, rows and columns from it; what follows starts after the largest of its
+    counts. This is the rule of transformers 4.45 to 4.57; transformers 5 places text after a video
+    elsewhere.
+
+    The same code serves every device: scans over the tokens, no loop over images, and no value is
+    read back, so a CUDA device is not waited for.
+
+    Args:
+        input_ids: Token ids, int64 or int32: a batch ``[B, L]``, or one sequence ``[L]``. Each
+            image or video is a run of ``IMAGE_PAD`` or ``VIDEO_PAD`` right after a
+            ``VISION_START``, of the length its grid says; ``validate_vision_tokens`` checks that.
+        image_grid_thw: Frames, rows and columns of each image, in patches, int64 or int32
+            ``[images, 3]`` on the device of ``input_ids``, in the order of their tokens.
+        video_grid_thw: The same of each video, ``[videos, 3]``.
+        attention_mask: Shape of ``input_ids``, bool or integer; zero marks padding, on either side.
+        cu_seqlens: Where packed samples of a sequence ``[L]`` begin and end, int32 ``[S + 1]``, in
+            tokens. Positions restart in each; tokens after the last are padding.
+        merge_size: Side of the block of patches that is one token.
+
+    Returns:
+        Position ids, int64 ``[3, B, L]`` or ``[3, L]``, 1 where padding is; and for each sample
+        the next position minus its length with padding, int64 ``[B, 1]`` or ``[S, 1]``, which a
+        decoder adds to its count of tokens. Not differentiable.
+
+    Raises:
+        ValueError: A shape, a device or ``merge_size`` does not fit.
+        TypeError: A dtype does not fit.
+    """
+    m = merge_size
+    _check_vision_tokens(input_ids, image_grid_thw, video_grid_thw, attention_mask, m)
+    ids = input_ids.flatten()
+    token = torch.arange(ids.numel(), device=ids.device)
+    batch, length = (1, *input_ids.shape)[-2:]
+    if cu_seqlens is None:
+        bounds = torch.arange(batch + 1, device=ids.device) * length
+    else:
+        _check.shape("input_ids", input_ids, None)
+        _check.shape("cu_seqlens", cu_seqlens, None)
+        _check.dtype("cu_seqlens", cu_seqlens, torch.int32)
+        _check.same_device(input_ids=input_ids, cu_seqlens=cu_seqlens)
+        bounds = cu_seqlens.long()
+    valid = token < bounds[-1]
+    if attention_mask is not None:
+        valid = valid & (attention_mask.flatten() != 0)
+
+    # a run begins right after a VISION_START, padding left out
+    count = valid.cumsum(0)
+    start = torch.where(valid & (ids == VISION_START), count, -1).cummax(0).values
+    in_run = count - 1 - start
+    is_image, is_video = valid & (ids == IMAGE_PAD), valid & (ids == VIDEO_PAD)
+    is_vision = is_image | is_video
+    is_first = is_vision & (in_run == 0)
+
+    # text has the extra last grid
+    grids = [grid for grid in (image_grid_thw, video_grid_thw) if grid is not None]
+    grids = torch.cat([*grids, torch.full((1, 3), m, device=ids.device)])
+    num_images = 0 if image_grid_thw is None else image_grid_thw.shape[0]
+    image = (is_first & is_image).cumsum(0) - 1
+    video = (is_first & is_video).cumsum(0) - 1 + num_images
+    grid = torch.where(is_image, image, torch.where(is_video, video, grids.shape[0] - 1))
+    frames, rows, cols = grids[grid.clamp(max=grids.shape[0] - 1)].unbind(1)  # [T] each
+    rows, cols = rows // m, cols // m
+
+    # the first token of a run advances the position for all of it
+    step = torch.where(is_vision, torch.maximum(frames, torch.maximum(rows, cols)), 1)
+    after = torch.where(valid & (is_first | ~is_vision), step, 0).cumsum(0)
+    at_bounds = torch.nn.functional.pad(after, (1, 0))[bounds]  # [S + 1]
+    sample = torch.searchsorted(bounds[1:], token, right=True).clamp(max=bounds.shape[0] - 2)
+    base = after - step - at_bounds[sample]
+    thw = torch.stack([in_run // (rows * cols), in_run // cols % rows, in_run % cols])
+    position_ids = torch.where(valid, base + torch.where(is_vision, thw, 0), 1)
+    deltas = at_bounds.diff() - bounds.diff()
+    return position_ids.view(3, *input_ids.shape), deltas[:, None]
+
+
+def validate_vision_tokens(
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    merge_size: int = 2,
+) -> None:
+    """Check the values that ``mrope_position_ids`` does not read. Waits for the device.
+
+    Args:
+        input_ids: As ``mrope_position_ids`` takes it.
+        image_grid_thw: Likewise.
+        video_grid_thw: Likewise.
+        attention_mask: Likewise.
+        merge_size: Likewise.
+
+    Raises:
+        ValueError: The runs of image or video tokens are not, in number and lengths, those of the
+            grids, or one does not follow a ``VISION_START``; or an argument does not fit.
+        TypeError: A dtype does not fit.
+    """
+    _check_vision_tokens(input_ids, image_grid_thw, video_grid_thw, attention_mask, merge_size)
+    ids = input_ids.flatten()
+    if attention_mask is not None:
+        ids = ids[attention_mask.flatten() != 0]
+    kinds = torch.where((ids == IMAGE_PAD) | (ids == VIDEO_PAD), ids, 0)
+    kinds, lengths = kinds.unique_consecutive(return_counts=True)
+    for name, grid_thw, pad in (
+        ("image", image_grid_thw, IMAGE_PAD),
+        ("video", video_grid_thw, VIDEO_PAD),
+    ):
+        runs = kinds == pad
+        got = lengths[runs].tolist()
+        want = [] if grid_thw is None else (grid_thw.prod(1) // merge_size**2).tolist()
+        if got != want:
+            raise ValueError(
+                f"input_ids must have runs of {name} tokens of the lengths that {name}_grid_thw"
+                f" says, {want}, got {got}"
+            )
+        before = (lengths.cumsum(0) - lengths)[runs] - 1
+        for token in ids[before].tolist():
+            if token != VISION_START:
+                raise ValueError(
+                    f"input_ids must have {VISION_START} before a run of {name} tokens, got {token}"
+                )
+
+
+def _check_vision_tokens(
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None,
+    video_grid_thw: Tensor | None,
+    attention_mask: Tensor | None,
+    merge_size: int,
+) -> None:
+    _natural(merge_size=merge_size)
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+    if input_ids.ndim not in (1, 2):
+        raise ValueError(f"input_ids must have shape [L] or [B, L], got {list(input_ids.shape)}")
+    _check.dtype("input_ids", input_ids, torch.int64, torch.int32)
+    grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+    for name, grid_thw in grids.items():
+        if grid_thw is not None:
+            _check.shape(name, grid_thw, None, 3)
+            _check.dtype(name, grid_thw, torch.int64, torch.int32)
+            _check.same_device(input_ids=input_ids, **{name: grid_thw})
+    if attention_mask is not None:
+        _check.shape("attention_mask", attention_mask, *input_ids.shape)
+        _check.dtype("attention_mask", attention_mask, torch.bool, torch.int64, torch.int32)
+        _check.same_device(input_ids=input_ids, attention_mask=attention_mask)

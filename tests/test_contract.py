@@ -1,0 +1,64 @@
+"""What every op owes, over the whole catalogue: see ``patchpack.testing.contract``."""
+
+import itertools
+
+import pytest
+import torch
+
+from patchpack.testing.catalogue import SPECS
+from patchpack.testing.contract import CHECKS, DTYPES, Subject
+
+# slow to trace and blind to values: the first two cases of an op are enough
+TRACING = {"opcheck", "compiled", "meta and fake"}
+
+
+def _subjects():
+    params = []
+    for op, spec in SPECS.items():
+        for (i, case), check, dtype in itertools.product(enumerate(spec.cases), CHECKS, DTYPES):
+            if (check != "accuracy" and dtype != torch.float32) or (check in TRACING and i > 1):
+                continue
+            name = f"{op}-{case}-{check}-{str(dtype).removeprefix('torch.')}"
+            params.append(
+                pytest.param(check, Subject(op, case, dtype), id=name.replace(" ", "_"))
+            )
+    return params
+
+
+@pytest.mark.parametrize(("check", "subject"), _subjects())
+def test_triton_in_the_interpreter(check, subject):
+    CHECKS[check](subject)
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_half_precision_keeps_the_bits_of_its_batch(op):
+    for dtype in (torch.bfloat16, torch.float16):
+        subject = Subject(op, next(iter(SPECS[op].cases)), dtype)
+        for check in ("packed as alone", "strided inputs", "deterministic"):
+            CHECKS[check](subject)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("check", "subject"), _subjects() if torch.cuda.is_available() else [])
+def test_triton_on_the_gpu(check, subject):
+    CHECKS[check](Subject(subject.op, subject.case, subject.dtype, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("op", "case"), [(op, case) for op, spec in SPECS.items() for case in spec.cases]
+)
+def test_reference_has_the_gradient_of_its_values(op, case):
+    spec = SPECS[op]
+    small = {**spec.cases[case], "sizes": spec.cases[case]["sizes"][:1]}
+    t, h, w = small["sizes"][0]
+    if t * h * w > 40:
+        small["sizes"] = [(1, 4, 4)]
+    inputs = spec.pack(spec.make_images(dtype=torch.float64, device="cpu", seed=0, **small))
+    leaves = [inputs[name].requires_grad_() for name in spec.grads]
+
+    def function(*tensors):
+        result = spec.reference(**{**inputs, **dict(zip(spec.grads, tensors, strict=True))})
+        results = result if isinstance(result, tuple) else (result,)
+        return tuple(x for x in results if isinstance(x, torch.Tensor))
+
+    torch.autograd.gradcheck(function, leaves, fast_mode=True)

@@ -1,0 +1,43 @@
+"""Every kernel, compiled for GPUs that need not be there: see ``patchpack.testing.compiled``."""
+
+import pytest
+import torch
+
+from patchpack.testing import compiled
+from patchpack.testing.catalogue import SPECS
+from patchpack.testing.contract import LENGTH_SETS, Subject, floats
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+def compile_case(subject, target, **changes):
+    """All launches of the forward and the backward pass."""
+    inputs = subject.inputs(**changes)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
+    with compiled.session(target) as launches:
+        outputs = floats(subject({**inputs, **leaves}))
+        torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
+    return launches
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", SPECS)
+def test_no_kernel_spills_registers(op, target):
+    cases = list(SPECS[op].cases)
+    subjects = [Subject(op, case, torch.bfloat16) for case in cases]
+    subjects += [Subject(op, case, torch.float32) for case in cases[:2]]
+    launches = [launch for subject in subjects for launch in compile_case(subject, target)]
+    spilled = [launch for launch in launches if launch.spills or launch.stack]
+    assert launches
+    assert not spilled, compiled.report(spilled)
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_a_length_that_changes_does_not_recompile(op):
+    subject = Subject(op, next(iter(SPECS[op].cases)), torch.bfloat16)
+    keys = [
+        {launch.key for launch in compile_case(subject, "sm_90", sizes=sizes)}
+        for sizes in (*LENGTH_SETS, [(1, 4, 20), (3, 8, 12)], [(1, 4, 4)] * 16)
+    ]
+    assert keys[0]
+    assert all(key == keys[0] for key in keys)

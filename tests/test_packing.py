@@ -1,0 +1,214 @@
+"""The data model: a packed grid follows from its sizes alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchpack import PackedGrid
+from patchpack.packing import validate_cu_seqlens
+
+SIDES = st.integers(1, 6)
+
+
+@st.composite
+def grids(draw):
+    m = draw(st.integers(1, 3))
+    sizes = draw(st.lists(st.tuples(st.integers(1, 3), SIDES, SIDES), max_size=6))
+    sizes = [(t, h * m, w * m) for t, h, w in sizes]
+    return PackedGrid(sizes, m, draw(st.booleans())), sizes
+
+
+def _cells_in_order(sizes, m):
+    """Row and column of every token by plain loops in the order that the design names."""
+    return [
+        [row + i, col + j]
+        for t, h, w in sizes
+        for _ in range(t)
+        for row in range(0, h, m)
+        for col in range(0, w, m)
+        for i in range(m)
+        for j in range(m)
+    ]
+
+
+@given(grids())
+def test_tokens_are_in_merge_block_order(drawn):
+    grid, sizes = drawn
+    want = torch.tensor(_cells_in_order(sizes, grid.spatial_merge_size)).reshape(-1, 2)
+    assert torch.equal(grid.position_ids, want)
+
+
+@given(grids())
+def test_segments_cover_the_tokens(drawn):
+    grid, sizes = drawn
+    frames = 1 if grid.merge_temporal else None
+    lengths = [
+        (t if frames else 1) * h * w for t, h, w in sizes for _ in range(frames or t)
+    ]
+    assert grid.cu_seqlens.dtype == torch.int32
+    assert grid.cu_seqlens.diff().tolist() == lengths
+    assert grid.cu_seqlens[-1] == grid.num_tokens == sum(t * h * w for t, h, w in sizes)
+    assert grid.num_segments == len(lengths)
+    assert grid.max_seqlen == max(lengths, default=0)
+    grid.validate()
+    validate_cu_seqlens(grid.cu_seqlens, grid.num_tokens)
+
+
+@given(grids())
+def test_geometry_says_where_images_start(drawn):
+    grid, sizes = drawn
+    begins = [sum(t * h * w for t, h, w in sizes[:i]) for i in range(len(sizes) + 1)]
+    assert grid.geometry[:, 0].tolist() == begins
+    assert grid.geometry[:-1, 1:].tolist() == [[h, w] for _, h, w in sizes]
+    assert grid.num_grids == len(sizes)
+
+
+@given(grids())
+def test_merging_leaves_one_token_a_block(drawn):
+    grid, sizes = drawn
+    m = grid.spatial_merge_size
+    merged = grid.merged()
+    assert merged.grid_thw.tolist() == [[t, h // m, w // m] for t, h, w in sizes]
+    assert merged.spatial_merge_size == 1
+    assert merged.merge_temporal == grid.merge_temporal
+    # token i of the merged grid is the block of tokens i m^2 to (i + 1) m^2
+    blocks = grid.position_ids.reshape(-1, m * m, 2)
+    assert torch.equal(blocks[:, 0] // m, merged.position_ids)
+    assert torch.equal(blocks[:, -1] // m, merged.position_ids)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(1, 4, 6), (1, 2, 2)],
+        [(4, 6), (2, 2)],
+        ((4, 6), (1, 2, 2)),
+        torch.tensor([[1, 4, 6], [1, 2, 2]]),
+        torch.tensor([[4, 6], [2, 2]], dtype=torch.int32),
+        torch.tensor([[1, 4, 6], [1, 2, 2]]).numpy(),
+    ],
+    ids=["rows", "pairs", "mixed", "tensor", "tensor of pairs", "array"],
+)
+def test_sizes_come_as_rows_or_as_a_tensor(sizes):
+    grid = PackedGrid(sizes, 2)
+    assert grid.grid_thw.tolist() == [[1, 4, 6], [1, 2, 2]]
+    assert grid.grid_thw.dtype == torch.int64
+    assert grid.cu_seqlens.tolist() == [0, 24, 28]
+
+
+def test_golden_segments_are_frames():
+    assert PackedGrid([(2, 2, 4), (1, 4, 2), (3, 2, 2)]).cu_seqlens.tolist() == [
+        *(0, 8, 16, 24, 28, 32, 36)
+    ]
+
+
+def test_golden_order_of_a_4_by_6_grid():
+    assert PackedGrid([(1, 4, 6)], 2).position_ids[:8].tolist() == [
+        *([0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3])
+    ]
+
+
+def test_no_images_make_no_tokens():
+    grid = PackedGrid([], 2)
+    assert (grid.num_tokens, grid.num_segments, grid.num_grids, grid.max_seqlen) == (0, 0, 0, 0)
+    assert grid.cu_seqlens.tolist() == [0]
+    assert grid.position_ids.shape == (0, 2)
+    assert grid.merged().num_tokens == 0
+
+
+def test_it_is_frozen_and_does_not_follow_its_source():
+    sizes = torch.tensor([[1, 4, 4]])
+    grid = PackedGrid(sizes)
+    sizes[0, 1] = 9
+    assert grid.grid_thw.tolist() == [[1, 4, 4]]
+    with pytest.raises(AttributeError):
+        grid.num_tokens = 3
+
+
+def test_position_ids_are_built_once():
+    grid = PackedGrid([(4, 4)])
+    assert grid.position_ids is grid.position_ids
+
+
+def test_moving_keeps_what_is_there_already():
+    grid = PackedGrid([(4, 4)], 2)
+    assert grid.to("cpu") is grid
+    there = grid.to("meta")
+    assert there.geometry.device.type == there.cu_seqlens.device.type == "meta"
+    assert there.position_ids.device.type == there.device.type == "meta"
+    assert there.grid_thw.device.type == "cpu"
+    assert PackedGrid([(4, 4)], device="meta").cu_seqlens.device.type == "meta"
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_equal(clone):
+    grid = PackedGrid([(2, 4, 6)], 2, merge_temporal=True)
+    twin = clone(grid)
+    twin.validate()
+    assert torch.equal(twin.position_ids, grid.position_ids)
+    assert twin.merge_temporal
+    assert twin.spatial_merge_size == 2
+
+
+@settings(deadline=None, max_examples=5)
+@given(grids())
+def test_it_can_be_built_inside_a_compiled_function(drawn):
+    _, sizes = drawn
+    if not sizes:
+        return
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def build(grid_thw):
+        grid = PackedGrid(grid_thw)
+        return grid, grid.cu_seqlens + 1
+
+    grid, shifted = build(torch.tensor(sizes))
+    assert grid.num_tokens == sum(t * h * w for t, h, w in sizes)
+    assert torch.equal(shifted, PackedGrid(sizes).cu_seqlens + 1)
+
+
+def test_validate_sees_a_changed_tensor():
+    grid = PackedGrid([(4, 4), (2, 2)])
+    grid.cu_seqlens[1] = 7
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[0, 16, 20\], got \[0, 7, 20\]"):
+        grid.validate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([(0, 4, 4)],), ValueError, r"grid_thw\[0\] must be at least 1 on every axis, got \[0, 4"),
+        (([(4, 4), (-2, 4)],), ValueError, r"grid_thw\[1\] must be at least 1 .*got \[1, -2, 4\]"),
+        (([(4, 6), (4, 7)], 2), ValueError, r"grid_thw\[1\] .*spatial_merge_size=2, got \[1, 4, 7"),
+        (([(4,)],), ValueError, r"grid_thw\[0\] must be \(t, h, w\) or \(h, w\), got \(4,\)"),
+        (([(4.0, 4)],), TypeError, r"grid_thw\[0\] must hold integers, got \(4.0, 4\)"),
+        (([(True, 4)],), TypeError, r"grid_thw\[0\] must hold integers, got \(True, 4\)"),
+        ((torch.ones(2, 3),), TypeError, r"grid_thw must have an integer dtype, got torch.float32"),
+        ((torch.ones(3, dtype=int),), ValueError, r"shape \[G, 3\] or \[G, 2\], got \[3\]"),
+        ((torch.ones(3, 4, dtype=int),), ValueError, r"\[G, 3\] or \[G, 2\], got \[3, 4\]"),
+        (([(4, 4)], 0), ValueError, r"spatial_merge_size must be at least 1, got 0"),
+        (([(4, 4)], 2.0), TypeError, r"spatial_merge_size must be an int, got 2.0"),
+        (([(1, 65536, 65536)],), ValueError, r"fewer than 2\*\*31 tokens, got 4294967296"),
+        (([(2**62, 4, 4)],), ValueError, r"fewer than 2\*\*31 tokens"),
+    ],
+)
+def test_bad_sizes_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PackedGrid(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([1, 4], r"must start with 0, got \[1\]"),
+        ([0, 4, 3], r"must not decrease, got 4, 3 at 1"),
+        ([0, 4, 11], r"must end at or before 10, got 11"),
+    ],
+)
+def test_bad_cu_seqlens_are_named(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        validate_cu_seqlens(torch.tensor(bounds, dtype=torch.int32), 10)
