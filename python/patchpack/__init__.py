@@ -2,6 +2,7 @@
 
 from patchpack import reference
 from patchpack._dispatch import available
+from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.mrope import mrope
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PackedGrid",
     "available",
+    "interpolate_tokens",
     "mrope",
     "reference",
     "rope",

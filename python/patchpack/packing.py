@@ -90,6 +90,29 @@ def _on_host(sizes: Tensor) -> Tensor:
     return grid_thw.clone()
 
 
+def _pairs_on_host(
+    target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]], num_grids: int
+) -> Tensor:
+    """Rows and columns as an int64 CPU tensor ``[G, 2]``."""
+    if not isinstance(target_hw, Tensor):
+        if not isinstance(target_hw, (list, tuple)):
+            raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
+        single = len(target_hw) > 0 and isinstance(target_hw[0], int)
+        for pair in [target_hw] if single else target_hw:
+            if len(pair) != 2 or not all(type(n) is int for n in pair):
+                raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
+        target_hw = torch.tensor(target_hw, dtype=torch.int64).reshape((2,) if single else (-1, 2))
+    if target_hw.is_floating_point() or target_hw.is_complex() or target_hw.dtype == torch.bool:
+        raise TypeError(f"target_hw must have an integer dtype, got {target_hw.dtype}")
+    if target_hw.device.type != "cpu":
+        raise ValueError(f"target_hw must be on the CPU, got {target_hw.device}")
+    if target_hw.shape not in ((2,), (num_grids, 2)):
+        raise ValueError(
+            f"target_hw must have shape [{num_grids}, 2] or [2], got {list(target_hw.shape)}"
+        )
+    return target_hw.to(torch.int64).expand(num_grids, 2)
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class PackedGrid:
     """Images or clips packed into one sequence of patches.
@@ -209,6 +232,31 @@ class PackedGrid:
         return PackedGrid(
             self.grid_thw // divisor, 1, self.merge_temporal, device=self.geometry.device
         )
+
+    def resized(
+        self,
+        target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        spatial_merge_size: int | None = None,
+    ) -> PackedGrid:
+        """The grid after the frames of every image or clip were resized.
+
+        Args:
+            target_hw: New rows and columns: an integer tensor ``[G, 2]`` on the CPU, rows of Python
+                integers, or one pair for all.
+            spatial_merge_size: Order of the new tokens; by default that of this grid.
+
+        Raises:
+            TypeError: ``target_hw`` does not hold integers.
+            ValueError: ``target_hw`` has another shape, is not on the CPU, or gives a grid that
+                cannot be.
+        """
+        m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
+        pairs = _pairs_on_host(target_hw, self.num_grids)
+        grid_thw = torch.cat([self.grid_thw[:, :1], pairs], dim=1)
+        try:
+            return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)
+        except ValueError as error:
+            raise ValueError(f"target_hw does not fit: {error}") from None
 
     def to(self, device: torch.device | str) -> PackedGrid:
         """The same grid with its device tensors on ``device``; itself if they are there."""

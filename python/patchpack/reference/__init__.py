@@ -1,5 +1,6 @@
 """The specification: slow eager code, differentiable by autograd, in any floating dtype."""
 
+from patchpack.reference.interpolate_tokens import interpolate_tokens as interpolate_tokens
 from patchpack.reference.mrope import mrope as mrope
 from patchpack.reference.rope import rope as rope
 from patchpack.reference.rope_2d import rope_2d as rope_2d

@@ -444,8 +444,8 @@ def plan_video(
 
 
 def patchify(
-    frames: Tensor, *, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
-) -> Tensor:
+    frames: np.ndarray, *, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
+) -> np.ndarray:
     """Cut frames of one size into patches, those of a language-model token next to each other.
 
     Args:
@@ -458,25 +458,23 @@ def patchify(
     Returns:
         A copy, ``[T, channels * temporal_patch_size * patch_size**2]``. Rows run over time, block
         row, block column, row and column in the block; columns over channel, time, row, column.
-        Differentiable.
 
     Raises:
         ValueError: ``frames`` is not of rank 4, is empty, or its sides do not divide by
             ``patch_size * merge_size``.
     """
-    _check.shape("frames", frames, None, None, None, None)
     p, tp, m = patch_size, temporal_patch_size, merge_size
-    num_frames, channels, height, width = frames.shape
-    if num_frames == 0 or height % (p * m) or width % (p * m):
+    if frames.ndim != 4 or 0 in frames.shape or any(n % (p * m) for n in frames.shape[2:]):
         raise ValueError(
-            f"frames must have at least one frame and sides that divide by {p * m},"
-            f" got {list(frames.shape)}"
+            f"frames must have shape [frames, channels, height, width] with sides that divide by"
+            f" {p * m}, got {list(frames.shape)}"
         )
-    missing = -num_frames % tp
-    frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    missing = -len(frames) % tp
+    frames = np.concatenate([frames, *[frames[-1:]] * missing])
+    _, channels, height, width = frames.shape
     rows, cols = height // (p * m), width // (p * m)
     split = frames.reshape(-1, tp, channels, rows, m, p, cols, m, p)
-    return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * tp * p * p)
+    return split.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * tp * p * p)
 
 
 def preprocess(
@@ -538,20 +536,25 @@ def preprocess(
 
     sizes_thw = torch.tensor([p.grid_thw for p in plans], dtype=torch.int64).view(-1, 3)
     grid = PackedGrid(sizes_thw, merge_size)
-    pixels = torch.empty(grid.num_tokens, 3 * temporal_patch_size * patch_size**2, dtype=dtype)
-    center, scale = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
-    outs = pixels.unflatten(1, (3, -1)).split([p.vit_tokens for p in plans])
-    for out, clip, p in zip(outs, clips, plans, strict=True):
+    center, scale = (np.array(v, np.float32)[:, None] for v in (mean, std))
+    columns = temporal_patch_size * patch_size**2
+    pixels = np.empty((grid.num_tokens, 3, columns), np.float32)
+    begin = 0
+    for clip, p in zip(clips, plans, strict=True):
         height, width = p.resized
         frames = np.stack([np.asarray(frame.resize((width, height))) for frame in clip])  # bicubic
         patches = patchify(  # of bytes: a quarter of the traffic of floats
-            torch.from_numpy(frames).permute(0, 3, 1, 2),
+            np.moveaxis(frames, -1, 1),
             patch_size=patch_size,
             temporal_patch_size=temporal_patch_size,
             merge_size=merge_size,
         )
-        out.copy_((patches.unflatten(1, (3, -1)) / 255 - center) / scale)
-    return pixels, grid
+        out = pixels[begin : begin + p.vit_tokens]
+        np.divide(patches.reshape(out.shape), 255, out=out, dtype=np.float32)
+        out -= center
+        out /= scale
+        begin += p.vit_tokens
+    return torch.from_numpy(pixels).flatten(1).to(dtype), grid
 
 
 def _is_video(image: Any) -> bool:

@@ -133,29 +133,28 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
 
 def report(launches: Sequence[Launch]) -> str:
     """A plain table of ``launches``, a line each."""
-    header: str = "kernel target grid warps regs stack spills shared tensor-core loads stores instr"
-    rows = [header.split()]
-    for launch in launches:
-        kinds = "+".join(f"{n} {kind}" for kind, n in launch.tensor_core.items())
-        rows.append(
-            [
-                launch.kernel,
-                launch.target,
-                "x".join(map(str, launch.grid)),
-                str(launch.num_warps),
-                str(launch.registers),
-                str(launch.stack),
-                str(launch.spills),
-                str(launch.shared),
-                kinds or "-",
-                f"{launch.wide_loads}/{launch.loads}",
-                f"{launch.wide_stores}/{launch.stores}",
-                str(launch.instructions),
-            ]
-        )
+    header = "kernel target grid warps regs stack spills shared tensor-core loads stores instr"
+    rows = [header.split(), *map(_row, launches)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines) + "\nloads, stores: of 128 bits and more / all\n"
+
+
+def _row(launch: Launch) -> list[str]:
+    return [
+        launch.kernel,
+        launch.target,
+        "x".join(map(str, launch.grid)),
+        str(launch.num_warps),
+        str(launch.registers),
+        str(launch.stack),
+        str(launch.spills),
+        str(launch.shared),
+        "+".join(f"{n} {kind}" for kind, n in launch.tensor_core.items()) or "-",
+        f"{launch.wide_loads}/{launch.loads}",
+        f"{launch.wide_stores}/{launch.stores}",
+        str(launch.instructions),
+    ]
 
 
 class _Driver:

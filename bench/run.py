@@ -1,0 +1,63 @@
+"""Time ops against their peers: ``python bench/run.py [op ...] [--device cuda] [--out DIR]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import re
+from pathlib import Path
+
+import torch
+from _harness import Bench, Case, machine, run_case
+from _report import merge, plot, show
+from rich.console import Console
+from rich.progress import track
+
+HERE = Path(__file__).parent
+OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("op", nargs="*", choices=[*OPS, []], help="all of them by default")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="float32 and bfloat16")
+    parser.add_argument("--quick", action="store_true", help="one round of one tiny shape")
+    parser.add_argument("--out", type=Path, help="bench/results, and with --quick build/bench")
+    args = parser.parse_args()
+    out = args.out or (HERE.parent / "build/bench" if args.quick else HERE / "results")
+
+    console = Console()
+    info = machine(args.device)
+    console.print(", ".join(f"{name} {value}" for name, value in info.items()), highlight=False)
+    cases = [
+        Case(bench, shape, getattr(torch, dtype), backward, args.device)
+        for bench in map(_bench, args.op or OPS)
+        for shape, dtype, backward in itertools.product(
+            ["tiny"] if args.quick else bench.shapes,
+            args.dtype or DTYPES[:2],
+            (False, True),
+        )
+    ]
+    results, skipped = [], []
+    for case in track(cases, "timing", console=console):
+        timed, not_timed = run_case(case, args.quick)
+        results += timed
+        skipped += not_timed
+
+    show(results, skipped, console)
+    path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
+    stored = merge(path, results, skipped)
+    plot(path.with_suffix(".png"), stored["benchmarks"])
+    console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False)
+
+
+def _bench(op: str) -> Bench:
+    return importlib.import_module(f"bench_{op}").BENCH
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""Triton kernels of ``patchpack.ops.interpolate_tokens``; the maths is in its reference.
+
+All modes are one formula. An axis has integers ``slope``, ``offset`` and ``unit`` such that output
+``o`` looks at the coordinate ``(slope * o + offset) / unit`` of the input. Input ``i`` is then
+``i * unit - (slope * o + offset)`` away from it, and its weight is a function of this distance that
+is zero from some ``reach`` on. Solved for ``i``, that is what an output reads; solved for ``o``, it
+is where the gradient of an input comes from. Distances are exact.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from patchpack.kernels._tiles import cell_to_token, find_grid, token_to_cell
+
+
+@triton.jit
+def _axis(num_in, num_out, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """Slope, offset and unit of an axis, all even but the offset."""
+    if not ALIGN_CORNERS:
+        return 2 * num_in, num_in - num_out, 2 * num_out
+    single = num_out == 1
+    slope = tl.where(single, 0, 2 * (num_in - 1))
+    unit = tl.where(single, 2, 2 * (num_out - 1))
+    offset = tl.zeros_like(slope)
+    if ANTIALIAS:  # torch spreads the first outputs half a step even so
+        offset = tl.where(single, -1, num_in - num_out)
+    return slope, offset, unit
+
+
+@triton.jit
+def _source(o, slope, offset, unit, num_in, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """The coordinate that output ``o`` looks at, times ``unit``, int64."""
+    unit = unit.to(tl.int64)
+    if MODE == "nearest":  # rounded as torch rounds it, in float32
+        scale = tl.div_rn(slope.to(tl.float32), unit.to(tl.float32))
+        return tl.minimum((o.to(tl.float32) * scale).to(tl.int32), num_in - 1) * unit
+    source = slope.to(tl.int64) * o + offset
+    if MODE == "bilinear" and not ANTIALIAS:
+        source = tl.minimum(tl.maximum(source, 0), (num_in - 1) * unit)
+    return source
+
+
+@triton.jit
+def _filter_size(slope, unit, ANTIALIAS: tl.constexpr):
+    """The distance that counts as 1 in a filter."""
+    if ANTIALIAS:
+        return tl.maximum(slope, unit)
+    return unit
+
+
+@triton.jit
+def _reach(slope, unit, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """The distance from which on weights are zero."""
+    if MODE == "bilinear":
+        return _filter_size(slope, unit, ANTIALIAS)
+    if MODE == "bicubic":
+        return 2 * _filter_size(slope, unit, ANTIALIAS)
+    overlap = (slope + unit) // 2
+    if MODE == "nearest":  # float32 may round to the neighbour
+        return overlap + slope
+    return overlap
+
+
+@triton.jit
+def _weight(distance, slope, unit, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """Weight at a distance, float32; up to a factor where it is to be normalised."""
+    distance = tl.abs(distance)
+    size = _filter_size(slope, unit, ANTIALIAS).to(tl.float32)
+    if MODE == "bilinear":
+        return tl.div_rn(tl.maximum(size - distance, 0.0), size)
+    if MODE == "bicubic":
+        A: tl.constexpr = -0.5 if ANTIALIAS else -0.75
+        z = tl.div_rn(distance, size)
+        near = 1.0 - z * z * ((A + 3) - (A + 2) * z)
+        far = A * (z - 1.0) * (z - 2.0) * (z - 2.0)
+        return tl.where(z < 1.0, near, tl.where(z < 2.0, far, 0.0))
+    if MODE == "nearest":
+        return tl.where(distance == 0.0, 1.0, 0.0)
+    return tl.where(distance < _reach(slope, unit, MODE, ANTIALIAS).to(tl.float32), 1.0, 0.0)
+
+
+@triton.jit
+def _span(center, reach, step, size):
+    """First and last multiple of ``step``, among ``size`` from 0 on, nearer to ``center`` than ``reach``."""
+    first = tl.maximum(center - reach + step, 0) // step
+    last = tl.minimum(tl.maximum(center + reach - 1, 0) // step, size - 1)
+    return first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def _taps(
+    o, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr,
+    NUM_TAPS: tl.constexpr,
+):  # fmt: skip
+    """What output ``o`` reads: first and last input, distance of the first, slope and unit."""
+    slope, offset, unit = _axis(num_in, num_out, ALIGN_CORNERS, ANTIALIAS)
+    source = _source(o, slope, offset, unit, num_in, MODE, ANTIALIAS)
+    if NUM_TAPS > 0:
+        first = ((source + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
+        last = first + NUM_TAPS - 1
+    else:
+        first, last = _span(source, _reach(slope, unit, MODE, ANTIALIAS), unit, num_in)
+    distance = first.to(tl.int64) * unit - source
+    return first, last, distance.to(tl.float32), slope, unit
+
+
+@triton.jit
+def _readers(
+    i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
+):  # fmt: skip
+    """First and last output that may read input ``i``."""
+    slope, offset, unit = _axis(num_in, num_out, ALIGN_CORNERS, ANTIALIAS)
+    center = i.to(tl.int64) * unit - offset
+    return _span(center, _reach(slope, unit, MODE, ANTIALIAS), tl.maximum(slope, 1), num_out)
+
+
+@triton.jit
+def _entry(
+    o, i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
+):  # fmt: skip
+    """``W[o, i]``, up to the factor that normalises the row."""
+    slope, offset, unit = _axis(num_in, num_out, ALIGN_CORNERS, ANTIALIAS)
+    source = _source(o, slope, offset, unit, num_in, MODE, ANTIALIAS)
+    distance = (i.to(tl.int64) * unit - source).to(tl.float32)
+    weight = _weight(distance, slope, unit, MODE, ANTIALIAS)
+    if MODE == "bicubic" and not ANTIALIAS:  # what lies past a border counts for the border
+        for k in tl.static_range(1, 3):
+            before = _weight(distance - k * unit, slope, unit, MODE, ANTIALIAS)
+            after = _weight(distance + k * unit, slope, unit, MODE, ANTIALIAS)
+            weight += tl.where(i == 0, before, 0.0) + tl.where(i == num_in - 1, after, 0.0)
+    return weight
+
+
+@triton.jit
+def _locate(tokens, geometry_ptr, other_geometry_ptr, num_grids, search_steps, MERGE: tl.constexpr):
+    """Where tokens are: in-frame index, cell, sizes here and there, first token of the frame there."""
+    grid = find_grid(geometry_ptr, num_grids, search_steps, tokens)
+    rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
+    cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
+    other_rows = tl.load(other_geometry_ptr + grid * 3 + 1).to(tl.int32)
+    other_cols = tl.load(other_geometry_ptr + grid * 3 + 2).to(tl.int32)
+    in_grid = (tokens - tl.load(geometry_ptr + grid * 3)).to(tl.int32)
+    frame = in_grid // (rows * cols)
+    in_frame = in_grid % (rows * cols)
+    row, col = token_to_cell(in_frame, cols, MERGE)
+    start = tl.load(other_geometry_ptr + grid * 3) + frame * (other_rows * other_cols)
+    return in_frame, row, col, rows, cols, other_rows, other_cols, start
+
+
+@triton.jit(do_not_specialize=["num_grids", "search_steps", "num_tokens"])
+def _resize_kernel(
+    # tensors
+    x_ptr,  # [T, C]
+    geometry_ptr,  # [G + 1, 3]
+    target_geometry_ptr,  # [G + 1, 3]
+    out_ptr,  # [T', C]
+    saved_ptr,  # [T', C] where the maximum is, or [T'] what normalises
+    # sizes and strides, in units of STRIDE_UNIT elements
+    num_grids,
+    search_steps,
+    num_tokens,
+    stride_x_t,
+    # compile-time
+    MODE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    ANTIALIAS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    NUM_TAPS: tl.constexpr,
+    MERGE: tl.constexpr,
+    TARGET_MERGE: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program makes BLOCK_C channels of BLOCK_T tokens of ``out``."""
+    pid = tl.program_id(0).to(tl.int64)
+    pid_c = pid % tl.cdiv(NUM_CHANNELS, BLOCK_C)
+    offs_t = pid // tl.cdiv(NUM_CHANNELS, BLOCK_C) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_t = offs_t < num_tokens
+    mask = mask_t[:, None] & (offs_c < NUM_CHANNELS)[None, :]
+
+    _, row, col, out_rows, out_cols, rows, cols, start = _locate(
+        offs_t, target_geometry_ptr, geometry_ptr, num_grids, search_steps, TARGET_MERGE
+    )
+    first_y, last_y, distance_y, slope_y, unit_y = _taps(
+        row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
+    )
+    first_x, last_x, distance_x, slope_x, unit_x = _taps(
+        col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
+    )
+    if NUM_TAPS > 0:
+        num_y: tl.constexpr = NUM_TAPS
+        num_x: tl.constexpr = NUM_TAPS
+    else:
+        num_y = tl.max(last_y - first_y) + 1
+        num_x = tl.max(last_x - first_x) + 1
+
+    UNROLL: tl.constexpr = max(NUM_TAPS, 1)
+    acc = tl.full((BLOCK_T, BLOCK_C), float("-inf") if MODE == "max" else 0.0, tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    argmax = tl.broadcast_to(
+        cell_to_token(first_y, first_x, cols, MERGE)[:, None], (BLOCK_T, BLOCK_C)
+    )
+    for ky in range(num_y):
+        weight_y = _weight(distance_y + ky * unit_y, slope_y, unit_y, MODE, ANTIALIAS)
+        tap_y = first_y + ky
+        for kx in tl.range(0, num_x, loop_unroll_factor=UNROLL):
+            weight = weight_y * _weight(distance_x + kx * unit_x, slope_x, unit_x, MODE, ANTIALIAS)
+            tap_x = first_x + kx
+            inside = mask
+            if NUM_TAPS == 0:
+                weight = tl.where((tap_y <= last_y) & (tap_x <= last_x), weight, 0.0)
+                inside = mask & (weight != 0.0)[:, None]
+            # what lies past a border is the border
+            cell_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
+            cell_x = tl.minimum(tl.maximum(tap_x, 0), cols - 1)
+            token = cell_to_token(cell_y, cell_x, cols, MERGE)
+            x_ptrs = x_ptr + ((start + token) * stride_x_t * STRIDE_UNIT)[:, None] + offs_c[None, :]
+            x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+            if MODE == "max":  # the first one wins, and NaN wins over numbers
+                wins = inside & ((x > acc) | (x != x))
+                acc = tl.where(wins, x, acc)
+                argmax = tl.where(wins, token[:, None], argmax)
+            else:
+                acc += weight[:, None] * x
+                total += weight
+
+    out_ptrs = offs_t[:, None] * NUM_CHANNELS + offs_c[None, :]
+    if NORMALISED:
+        scale = tl.div_rn(1.0, total)
+        acc *= scale[:, None]
+        tl.store(saved_ptr + offs_t, scale, mask=mask_t & (pid_c == 0))
+    if MODE == "max":
+        tl.store(saved_ptr + out_ptrs, argmax, mask=mask)
+    tl.store(out_ptr + out_ptrs, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_grids", "search_steps", "num_tokens"])
+def _resize_bwd_kernel(
+    # tensors
+    grad_ptr,  # [T', C]
+    geometry_ptr,  # [G + 1, 3]
+    target_geometry_ptr,  # [G + 1, 3]
+    grad_x_ptr,  # [T, C]
+    saved_ptr,  # [T', C] or [T'], from the forward pass
+    # sizes and strides, in units of STRIDE_UNIT elements
+    num_grids,
+    search_steps,
+    num_tokens,
+    stride_grad_t,
+    # compile-time
+    MODE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    ANTIALIAS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    MERGE: tl.constexpr,
+    TARGET_MERGE: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program gathers BLOCK_C channels of the gradient of BLOCK_T tokens of ``x``."""
+    pid = tl.program_id(0).to(tl.int64)
+    pid_c = pid % tl.cdiv(NUM_CHANNELS, BLOCK_C)
+    offs_t = pid // tl.cdiv(NUM_CHANNELS, BLOCK_C) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_t = offs_t < num_tokens
+    mask_c = (offs_c < NUM_CHANNELS)[None, :]
+
+    in_frame, row, col, rows, cols, out_rows, out_cols, start = _locate(
+        offs_t, geometry_ptr, target_geometry_ptr, num_grids, search_steps, MERGE
+    )
+    first_y, last_y = _readers(row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS)
+    first_x, last_x = _readers(col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS)
+
+    # grad_x[i, j] = sum_{o, p} Wh[o, i] Ww[p, j] grad[o, p]
+    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for ky in range(tl.max(last_y - first_y) + 1):
+        out_y = first_y + ky
+        weight_y = _entry(out_y, row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS)
+        weight_y = tl.where(mask_t & (out_y <= last_y), weight_y, 0.0)
+        for kx in range(tl.max(last_x - first_x) + 1):
+            out_x = first_x + kx
+            weight = weight_y * _entry(out_x, col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS)
+            weight = tl.where(out_x <= last_x, weight, 0.0)
+            reads = weight != 0.0
+            mask = reads[:, None] & mask_c
+            token = start + cell_to_token(out_y, out_x, out_cols, TARGET_MERGE)
+            grad_ptrs = grad_ptr + (token * stride_grad_t * STRIDE_UNIT)[:, None] + offs_c[None, :]
+            grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+            if NORMALISED:
+                weight *= tl.load(saved_ptr + token, mask=reads, other=0.0)
+            if MODE == "max":
+                argmax_ptrs = saved_ptr + (token * NUM_CHANNELS)[:, None] + offs_c[None, :]
+                argmax = tl.load(argmax_ptrs, mask=mask, other=-1)
+                grad = tl.where(argmax == in_frame[:, None], grad, 0.0)
+            acc += weight[:, None] * grad
+
+    grad_x_ptrs = grad_x_ptr + offs_t[:, None] * NUM_CHANNELS + offs_c[None, :]
+    tl.store(grad_x_ptrs, acc, mask=mask_t[:, None] & mask_c)
+
+
+def resize(
+    x: Tensor,
+    geometry: Tensor,
+    target_geometry: Tensor,
+    num_tokens: int,
+    spatial_merge_size: int,
+    target_merge_size: int,
+    mode: str,
+    align_corners: bool,
+    antialias: bool,
+) -> tuple[Tensor, Tensor]:
+    normalised = antialias or mode == "area"
+    taps = 0 if antialias else {"nearest": 1, "bilinear": 2, "bicubic": 4}.get(mode, 0)
+    out = x.new_empty(num_tokens, x.shape[1])
+    if mode == "max":
+        saved = x.new_empty(out.shape, dtype=torch.int32)
+    else:
+        saved = x.new_empty(num_tokens if normalised else 0, dtype=torch.float32)
+    _launch(
+        _resize_kernel,
+        x,
+        geometry,
+        target_geometry,
+        out,
+        saved,
+        MODE=mode,
+        ALIGN_CORNERS=align_corners,
+        ANTIALIAS=antialias,
+        NORMALISED=normalised,
+        NUM_TAPS=taps,
+        MERGE=spatial_merge_size,
+        TARGET_MERGE=target_merge_size,
+    )
+    return out, saved
+
+
+def resize_bwd(
+    grad: Tensor,
+    saved: Tensor,
+    geometry: Tensor,
+    target_geometry: Tensor,
+    num_tokens: int,
+    spatial_merge_size: int,
+    target_merge_size: int,
+    mode: str,
+    align_corners: bool,
+    antialias: bool,
+) -> Tensor:
+    grad_x = grad.new_empty(num_tokens, grad.shape[1])
+    _launch(
+        _resize_bwd_kernel,
+        grad,
+        geometry,
+        target_geometry,
+        grad_x,
+        saved,
+        MODE=mode,
+        ALIGN_CORNERS=align_corners,
+        ANTIALIAS=antialias,
+        NORMALISED=antialias or mode == "area",
+        MERGE=spatial_merge_size,
+        TARGET_MERGE=target_merge_size,
+    )
+    return grad_x
+
+
+def _launch(
+    kernel,
+    x: Tensor,
+    geometry: Tensor,
+    target_geometry: Tensor,
+    out: Tensor,
+    saved: Tensor,
+    **constants,
+) -> None:
+    """Launch ``kernel`` on tiles of ``out`` of 8 KiB or less."""
+    if out.numel() == 0:
+        return
+    num_tokens, num_channels = out.shape
+    num_grids = geometry.shape[0] - 1
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    unit = 8 if x.stride(0) % 8 == 0 else 1
+    block_c = min(triton.next_power_of_2(num_channels), 128)
+    wide = x.element_size() == 4 or saved.dtype == torch.int32
+    block_t = min((2048 if wide else 4096) // block_c, 128)
+    kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_channels, block_c),)](
+        x,
+        geometry,
+        target_geometry,
+        out,
+        saved,
+        num_grids,
+        max(num_grids - 1, 0).bit_length(),
+        num_tokens,
+        x.stride(0) // unit,
+        NUM_CHANNELS=num_channels,
+        STRIDE_UNIT=unit,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        num_warps=4,
+        **constants,
+    )

@@ -1,0 +1,234 @@
+"""Plants faults one by one and shows that the tests see each: ``make mutate``.
+
+Every fault is a small edit to a copy of the tree, and the tests named for it must fail there, and
+pass without it. A fault that survives is a hole in the tests; the exit status says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("kernels", "python", "tests")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Replace ``old`` by ``new`` in ``file``; ``tests`` are pytest's words for what must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def contract(op: str, check: str = "accuracy", dtype: str = "float32") -> str:
+    return f"tests/test_contract.py -k {op}-and-{check}-and-{dtype}"
+
+
+FAULTS = [
+    Fault(
+        "rope: sine with the wrong sign",
+        "kernels/_rotary.py",
+        "a * cos - b * sin, mask=mask",
+        "a * cos + b * sin, mask=mask",
+        contract("rope_2d"),
+    ),
+    Fault(
+        "rope: the adjoint turns forward",
+        "python/patchpack/ops/rope_2d.py",
+        "not ctx.inverse",
+        "ctx.inverse",
+        contract("rope_2d"),
+    ),
+    Fault(
+        "rope: low word of the frequency dropped",
+        "kernels/_rotary.py",
+        "distance * high + tl.umulhi(distance, low)",
+        "distance * high",
+        contract("mrope"),
+    ),
+    Fault(
+        "rope: quadrant boundaries shifted",
+        "kernels/_rotary.py",
+        "turns + 0x20000000",
+        "turns",
+        "tests/test_mrope.py -k exact",
+    ),
+    Fault(
+        "rope: last token of a block dropped",
+        "kernels/rope_2d.py",
+        "mask_t = offs_t < num_tokens",
+        "mask_t = offs_t < num_tokens - 1",
+        contract("rope_2d", "fully_written"),
+    ),
+    Fault(
+        "rope: heads past the first read the first",
+        "kernels/_rotary.py",
+        "x_ptrs += stride_x_h * STRIDE_UNIT",
+        "x_ptrs += 0",
+        contract("rope"),
+    ),
+    Fault(
+        "rope: channels that pass through are lost",
+        "kernels/_rotary.py",
+        "if HEAD_DIM > 2 * NUM_PAIRS:",
+        "if HEAD_DIM > 4 * NUM_PAIRS:",
+        contract("rope", "fully_written"),
+    ),
+    Fault(
+        "rope_2d: row and column swapped",
+        "kernels/rope_2d.py",
+        "tl.where(axis == 0, row[:, None], col[:, None])",
+        "tl.where(axis == 1, row[:, None], col[:, None])",
+        contract("rope_2d"),
+    ),
+    Fault(
+        "rope_2d: frames are not told apart",
+        "kernels/rope_2d.py",
+        "(offs_t - first).to(tl.int32) % (num_rows * num_cols)",
+        "(offs_t - first).to(tl.int32)",
+        contract("rope_2d"),
+    ),
+    Fault(
+        "rope_2d: search for the image ends one step early",
+        "kernels/rope_2d.py",
+        "max(num_grids - 1, 0).bit_length()",
+        "max(num_grids - 2, 0).bit_length()",
+        contract("rope_2d"),
+    ),
+    Fault(
+        "merge-block order: position in the block transposed",
+        "kernels/_tiles.py",
+        "MERGE + in_block // MERGE",
+        "MERGE + in_block % MERGE",
+        contract("rope_2d"),
+    ),
+    Fault(
+        "rope_2d: head stride ignored for strided inputs",
+        "kernels/_rotary.py",
+        "x if x.stride(-1) == 1 else x.contiguous()",
+        "x.as_strided(x.shape, (x.shape[1] * x.shape[2], x.shape[2], 1))",
+        contract("rope_2d", "strided"),
+    ),
+    Fault(
+        "rope_2d: token offsets in 32 bits",
+        "kernels/rope_2d.py",
+        "tl.program_id(0).to(tl.int64) * BLOCK_T",
+        "tl.program_id(0) * BLOCK_T",
+        contract("rope_2d", "int64"),
+    ),
+    Fault(
+        "mrope: section boundary off by one",
+        "kernels/mrope.py",
+        "for axis, count in enumerate(sections) for _ in range(count)]",
+        "for axis, count in enumerate((sections[0] + 1, sections[1] - 1, sections[2]))"
+        " for _ in range(count)]",
+        contract("mrope"),
+    ),
+    Fault(
+        "mrope: text row taken for time",
+        "kernels/mrope.py",
+        "positions = position_ids[-3:]",
+        "positions = position_ids[:3]",
+        contract("mrope"),
+    ),
+    Fault(
+        "mrope: a device value read on the host",
+        "python/patchpack/ops/mrope.py",
+        "    if position_ids.shape[0] not in (3, 4):",
+        "    position_ids.max().item()\n    if position_ids.shape[0] not in (3, 4):",
+        contract("mrope", "sync"),
+    ),
+    Fault(
+        "interpreter: bf16 repair left out",
+        "python/patchpack/_interpreter.py",
+        "import repaired",
+        "import unrepaired as repaired",
+        contract("rope_2d", dtype="bfloat16"),
+    ),
+]
+
+
+def words(tests: str) -> list[str]:
+    file, _, keyword = tests.partition(" -k ")
+    return [file, *(["-k", keyword.replace("-and-", " and ")] if keyword else [])]
+
+
+def copy_tree(folder: Path) -> None:
+    for name in FOLDERS:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore, symlinks=True)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    link = folder / "python/patchpack/kernels"
+    if not link.exists():
+        link.symlink_to("../../kernels")
+
+
+def run(folder: Path, tests: str) -> tuple[bool, str]:
+    """Whether pytest passes there, and its last line."""
+    env = {**os.environ, "PYTHONPATH": str(folder / "python"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [Path(sys.executable).parent / "pytest", "-x", "-q", "--no-header", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *words(tests)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode < 0:
+        return False, f"killed by signal {-done.returncode}"
+    lines = done.stdout.strip().splitlines()
+    if done.returncode > 1:
+        raise RuntimeError(f"pytest stopped with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done.returncode == 0, lines[-1]
+
+
+def try_fault(fault: Fault) -> tuple[str, str]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_tree(folder)
+        file = folder / fault.file
+        source = file.read_text()
+        if source.count(fault.old) < 1:
+            raise RuntimeError(f"{fault.what}: {fault.old!r} is not in {fault.file}")
+        file.write_text(source.replace(fault.old, fault.new))
+        passed, line = run(folder, fault.tests)
+    return "SURVIVED" if passed else "seen", line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="faults whose description contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.only in fault.what]
+
+    with tempfile.TemporaryDirectory() as name:
+        copy_tree(Path(name))
+        for tests in sorted({fault.tests for fault in faults}):
+            passed, line = run(Path(name), tests)
+            print(f"{'without a fault':60} {'green' if passed else 'RED':9} {line}", flush=True)
+            if not passed:
+                return 1
+
+    survivors = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for fault, (verdict, line) in zip(faults, pool.map(try_fault, faults), strict=True):
+            survivors += verdict != "seen"
+            print(f"{fault.what:60} {verdict:9} {line}", flush=True)
+    print(f"{len(faults)} faults, {survivors} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

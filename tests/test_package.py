@@ -1,0 +1,188 @@
+"""The package as a whole: who imports whom, what an op consists of, and what gets installed."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import patchpack
+from patchpack.testing.catalogue import SPECS
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/patchpack"}
+
+# what a layer may import besides the standard library and itself; the longest name applies
+LAYERS = {
+    "patchpack.packing": "numpy torch",
+    "patchpack.reference": "torch patchpack.packing",
+    "patchpack.kernels": "torch triton",
+    "patchpack._check": "torch patchpack.packing",
+    "patchpack._interpreter": "numpy torch triton patchpack._interpreter_arithmetic",
+    "patchpack._interpreter_arithmetic": "numpy torch triton patchpack._interpreter",
+    "patchpack._dispatch": "torch patchpack._interpreter",
+    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack.packing"
+    " patchpack.reference",
+    "patchpack.__init__": "patchpack._dispatch patchpack.ops patchpack.packing patchpack.reference",
+    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.packing",
+    "patchpack.models": "torch patchpack patchpack._check patchpack.packing",
+    "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
+    " patchpack.packing patchpack.reference",
+    "patchpack.cli": "matplotlib numpy PIL rich skimage torch triton patchpack patchpack._dispatch"
+    " patchpack.models patchpack.packing patchpack.systems patchpack.testing",
+    "patchpack.__main__": "patchpack.cli",
+}
+
+
+def _modules() -> dict[str, Path]:
+    """Every module of the package and its file, by its import name."""
+    modules = {}
+    for package, folder in SOURCES.items():
+        for path in sorted(folder.rglob("*.py")):
+            if package == "patchpack" and "kernels" in path.relative_to(folder).parts:
+                continue  # the link of `make dev`
+            modules[".".join([package, *path.relative_to(folder).with_suffix("").parts])] = path
+    return modules
+
+
+MODULES = _modules()
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it; of ours, the submodule that is meant."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                ours = full in MODULES or f"{full}.__init__" in MODULES
+                found.add(full if ours else str(node.module))
+    return {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+def _inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def _may_import(layer: str, name: str) -> bool:
+    # `patchpack` alone is its public face: it does not stand for the modules inside
+    return _inside(name, layer) or any(
+        name == other if other == "patchpack" else _inside(name, other)
+        for other in LAYERS[layer].split()
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_layer_may(module):
+    layers = [layer for layer in LAYERS if _inside(module, layer)]
+    assert layers, f"{module} belongs to no layer: add it to LAYERS"
+    layer = max(layers, key=len)
+    foreign = {name for name in _imports(MODULES[module]) if not _may_import(layer, name)}
+    assert not foreign, f"{module} must not import {sorted(foreign)}"
+
+
+@pytest.mark.parametrize(("folder", "other"), [("tests", "bench"), ("bench", "tests")])
+def test_tests_and_bench_do_not_import_each_other(folder, other):
+    others = {other} | {path.stem for path in (ROOT / other).glob("*.py")}
+    for path in (ROOT / folder).rglob("*.py"):
+        foreign = {name for name in _imports(path) if name.partition(".")[0] in others}
+        assert not foreign, f"{path.name} must not import {sorted(foreign)}"
+
+
+def _python(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_is_light_and_needs_no_triton():
+    heavy = {"triton", "PIL", "matplotlib", "rich", "skimage", "scipy", "pytest", "hypothesis"}
+    _python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import patchpack\n"
+        "assert 'not installed' in patchpack.available('rope', 'triton')\n"
+        f"loaded = [n for n in {sorted(heavy)} if sys.modules.get(n)]\n"
+        "assert not loaded, loaded"
+    )
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_an_op_has_all_its_parts(op):
+    parts = [
+        f"python/patchpack/reference/{op}.py",
+        f"kernels/{op}.py",
+        f"python/patchpack/ops/{op}.py",
+        f"tests/test_{op}.py",
+        f"bench/bench_{op}.py",
+    ]
+    missing = [part for part in parts if not (ROOT / part).is_file()]
+    assert not missing
+    assert op in patchpack.__all__
+    assert getattr(patchpack, op) is SPECS[op].op
+    assert getattr(patchpack.reference, op) is SPECS[op].reference
+    assert f"\n| `{op}" in (ROOT / "README.md").read_text(), "no row in the README's table of ops"
+
+
+def test_every_op_is_in_the_catalogue():
+    ops = {path.stem for path in (ROOT / "python/patchpack/ops").glob("[!_]*.py")}
+    assert ops == set(SPECS)
+
+
+def test_all_is_sorted_and_true():
+    assert patchpack.__all__ == sorted(patchpack.__all__)
+    assert all(hasattr(patchpack, name) for name in patchpack.__all__)
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> tuple[Path, Path]:
+    """A source distribution, and the wheel that is built from it."""
+    tree, out = tmp_path_factory.mktemp("tree") / "patchpack", tmp_path_factory.mktemp("dist")
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=leftovers)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(distributions):
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        names = [n for n in wheel.namelist() if ".dist-info/" not in n]
+        assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel.namelist())
+    modules = {f"{module.replace('.', '/')}.py" for module in MODULES}
+    assert sorted(names) == sorted({*modules, "patchpack/py.typed"})
+
+
+def test_the_source_distribution_holds_what_builds_and_checks_it(distributions):
+    with tarfile.open(distributions[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("bench", "csrc", "kernels", "python", "tests")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*.*") if p.is_file()]
+    wanted = {p.relative_to(ROOT).as_posix() for p in files if p.suffix in (".py", ".md", ".json")}
+    wanted = {p for p in wanted if not p.startswith("python/patchpack/kernels/")}
+    wanted |= {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    assert not wanted - names
+
+
+def test_an_op_runs_from_the_wheel(distributions, tmp_path):
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        wheel.extractall(tmp_path)
+    where = _python(
+        "import torch, patchpack, patchpack.kernels.rope_2d as kernel\n"
+        "q, grid = torch.randn(4, 1, 32), patchpack.PackedGrid([(2, 2)])\n"
+        "got, want = (patchpack.rope_2d(q, q, grid, impl=i)[0] for i in ('triton', 'reference'))\n"
+        "torch.testing.assert_close(got, want)\n"
+        "print(kernel.__file__)",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert where.strip() == str(tmp_path / "patchpack/kernels/rope_2d.py")
