@@ -86,8 +86,12 @@ class Case:
         }
 
 
-class Unavailable(Exception):
-    """Why a provider is not timed here."""
+class UnavailableError(Exception):
+    """A provider cannot run a case, and why."""
+
+
+class WrongError(Exception):
+    """A provider computes something else than the op, so nothing is timed."""
 
 
 def heads(
@@ -107,8 +111,7 @@ def run_case(case: Case, quick: bool) -> tuple[list[dict], list[dict]]:
         Results in pytest-benchmark's layout, and the providers that were not timed, with reasons.
 
     Raises:
-        AssertionError: The op fails its accuracy check here, so it is not timed.
-        RuntimeError: A peer computes something else than the op.
+        WrongError: The op fails its accuracy check here, or a peer differs from the reference.
     """
     torch.manual_seed(0)
     bench = case.bench
@@ -125,12 +128,12 @@ def run_case(case: Case, quick: bool) -> tuple[list[dict], list[dict]]:
         try:
             step = _step(make(inputs), case, inputs, cotangents)
             got = step()
-        except AssertionError:
+        except WrongError:
             raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            prefix = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
-            skipped.append({**case.params, "provider": name, "reason": prefix + reason})
+            kind = "" if isinstance(error, UnavailableError) else f"{type(error).__name__}: "
+            skipped.append({**case.params, "provider": name, "reason": kind + reason})
             continue
         want = want or got  # the reference comes first
         _same(name, case, got, want)
@@ -140,7 +143,7 @@ def run_case(case: Case, quick: bool) -> tuple[list[dict], list[dict]]:
     work = bench.bytes_moved(inputs, case.backward), bench.flops(inputs, case.backward)
     limit, scale = _limit(case, *work)
     stats = _interleave({**steps, "limit": limit}, _clock(case.device), quick)
-    limit_s = stats.pop("limit").median * scale
+    limit_s = stats.pop("limit")["median"] * scale
     return [_result(case, name, s, work, limit_s) for name, s in stats.items()], skipped
 
 
@@ -149,7 +152,7 @@ def _providers(case: Case, quick: bool) -> dict[str, MakeProvider]:
 
     def compiled(inputs: Inputs) -> Provider:
         if quick:
-            raise Unavailable("compiling takes longer than --quick may")
+            raise UnavailableError("compiling takes longer than --quick may")
         torch._dynamo.reset()
         return torch.compile(reference, dynamic=False)
 
@@ -165,16 +168,21 @@ def _providers(case: Case, quick: bool) -> dict[str, MakeProvider]:
 def _ours(case: Case, impl: str, inputs: Inputs) -> Provider:
     op = case.bench.op
     if impl == "triton" and case.device == "cpu":
-        raise Unavailable("on a CPU it runs in Triton's interpreter, which is never timed")
+        raise UnavailableError("on a CPU it runs in Triton's interpreter, which is never timed")
     if impl == "native" and case.device != "cpu":
-        raise Unavailable("it runs on CPU tensors")
+        raise UnavailableError("it runs on CPU tensors")
     if reason := patchpack.available(op, impl):
-        raise Unavailable(reason)
+        raise UnavailableError(reason)
     _check_accuracy(Subject(op, next(iter(SPECS[op].cases)), case.dtype, impl, case.device))
     return functools.partial(SPECS[op].op, impl=impl)
 
 
-_check_accuracy = functools.cache(check_accuracy)
+@functools.cache
+def _check_accuracy(subject: Subject) -> None:
+    try:
+        check_accuracy(subject)
+    except AssertionError as error:
+        raise WrongError(f"{subject} is not as accurate as eager: {error}") from error
 
 
 def _step(provider: Provider, case: Case, inputs: Inputs, cotangents: Sequence[Tensor]) -> Step:
@@ -196,7 +204,7 @@ def _same(name: str, case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) 
         error = torch.linalg.vector_norm(x.float() - y.float())
         # both may err
         if not error <= 2 * MAX_RELATIVE_RMS[case.dtype] * torch.linalg.vector_norm(y.float()):
-            raise RuntimeError(f"{name} does not compute {case.bench.op}: {case.params}")
+            raise WrongError(f"{name} does not compute {case.bench.op}: {case.params}")
 
 
 def _limit(case: Case, num_bytes: int, flops: int) -> tuple[Step, float]:
@@ -213,7 +221,8 @@ def _limit(case: Case, num_bytes: int, flops: int) -> tuple[Step, float]:
 
 def _interleave(
     steps: dict[str, Step], clock: Callable[[Step], float], quick: bool
-) -> dict[str, Stats]:
+) -> dict[str, dict[str, Any]]:
+    """Statistics of every step, in seconds."""
     round_s = sum([clock(step) for step in steps.values()])
     least, most = (1, 1) if quick else ROUNDS
     rounds = max(least, min(most, int(SECONDS / round_s)))
@@ -226,7 +235,7 @@ def _interleave(
                 stats[name].update(clock(step))
     finally:
         gc.enable()
-    return stats
+    return {name: s.as_dict() for name, s in stats.items()}
 
 
 def _clock(device: str) -> Callable[[Step], float]:
@@ -255,9 +264,10 @@ def _clock(device: str) -> Callable[[Step], float]:
 
 
 def _result(
-    case: Case, provider: str, stats: Stats, work: tuple[int, int], limit_s: float
+    case: Case, provider: str, stats: dict[str, Any], work: tuple[int, int], limit_s: float
 ) -> dict[str, Any]:
     num_bytes, flops = work
+    median = stats["median"]
     group = ", ".join(case.params.values())
     return {
         "group": group,
@@ -265,15 +275,15 @@ def _result(
         "fullname": f"{group}, {provider}",
         "param": provider,
         "params": {**case.params, "provider": provider},
-        "stats": {**stats.as_dict(), "iterations": 1},
+        "stats": {**stats, "iterations": 1},
         "extra_info": {
             **machine(case.device),
             "bytes": num_bytes,
             "flops": flops,
-            "gb_per_s": num_bytes / stats.median / 1e9,
-            "gflop_per_s": flops / stats.median / 1e9,
+            "gb_per_s": num_bytes / median / 1e9,
+            "gflop_per_s": flops / median / 1e9,
             "limit": case.bench.bound,
-            "of_limit": limit_s / stats.median,
+            "of_limit": limit_s / median,
         },
     }
 

@@ -16,7 +16,7 @@ from rich.table import Table
 CASE = ("op", "shape", "dtype", "direction")
 
 
-def merge(path: Path, results: list[dict], skipped: list[dict]) -> dict[str, list[dict]]:
+def merge(path: Path, results: list[dict], skipped: list[dict]) -> None:
     """Put a run into a file of results, in place of what it has of the same cases."""
     stored = json.loads(path.read_text()) if path.exists() else {"benchmarks": [], "skipped": []}
     measured = {_case(result["params"]) for result in results}
@@ -27,7 +27,6 @@ def merge(path: Path, results: list[dict], skipped: list[dict]) -> dict[str, lis
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")
-    return stored
 
 
 def _case(params: dict) -> tuple[str, ...]:
@@ -35,14 +34,15 @@ def _case(params: dict) -> tuple[str, ...]:
 
 
 def show(results: list[dict], skipped: list[dict], console: Console) -> None:
-    """Print a table of the results, and once each why a provider is not in it."""
-    table = Table("case", "provider", "median ms", "quartiles", "GB/s", "GFLOP/s", "of limit")
+    """Print a table of every case, and once each why a provider is missing."""
     for group, members in groupby(results, key=lambda result: result["group"]):
-        table.add_section()
+        table = Table(title=group, title_justify="left", min_width=88)
+        table.add_column("provider")
+        for heading in ("median ms", "quartiles", "GB/s", "GFLOP/s", "of limit"):
+            table.add_column(heading, justify="right")
         for result in members:
             stats, info = result["stats"], result["extra_info"]
             table.add_row(
-                group,
                 result["name"],
                 f"{stats['median'] * 1e3:.3f}",
                 f"{stats['q1'] * 1e3:.3f} to {stats['q3'] * 1e3:.3f}",
@@ -50,14 +50,14 @@ def show(results: list[dict], skipped: list[dict], console: Console) -> None:
                 f"{info['gflop_per_s']:.1f}",
                 f"{info['of_limit']:.0%} of {info['limit']}",
             )
-            group = ""
-    console.print(table)
+        console.print(table)
     for reason in dict.fromkeys(f"{s['op']}: no {s['provider']}: {s['reason']}" for s in skipped):
         console.print(reason, markup=False, highlight=False)
 
 
-def plot(path: Path, results: list[dict]) -> None:
-    """Draw how much of the physical limit every provider reaches, with its quartiles."""
+def plot(path: Path) -> None:
+    """Draw, beside a file of results, how much of its limit every provider reaches."""
+    results = json.loads(path.read_text())["benchmarks"]
     groups = {group: list(members) for group, members in groupby(results, lambda r: r["group"])}
     names = list(dict.fromkeys(result["name"] for result in results))
     height = 0.35 * len(results) + 1.5
@@ -78,4 +78,5 @@ def plot(path: Path, results: list[dict]) -> None:
     axes.axvline(1, color="grey", linestyle="dotted")
     axes.set_xlabel("of the physical limit (a copy or a matrix product of as much work)")
     axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    plt.close(figure)

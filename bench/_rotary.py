@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from _harness import MakeProvider, Provider, Unavailable
 from torch import Tensor
 
+from _harness import MakeProvider, Provider, UnavailableError
 from patchpack.testing.catalogue import SPECS, Inputs
 
 RotaryPeer = Callable[[Tensor, Tensor, bool], Provider]  # of cos, sin [T, D / 2], interleaved
@@ -32,7 +32,7 @@ def flops(inputs: Inputs, backward: bool) -> int:
 
 def transformers_vision(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
     """Eager, in float32."""
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision  # pyright: ignore[reportMissingImports]
 
     _halves_only(interleaved)
     cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
@@ -41,7 +41,7 @@ def transformers_vision(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider
 
 def transformers_text(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
     """Eager, in the dtype of the heads."""
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb  # pyright: ignore[reportMissingImports]
 
     _halves_only(interleaved)
     cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
@@ -54,7 +54,7 @@ def transformers_text(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
 
 def liger(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
     """One Triton launch for both."""
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision  # pyright: ignore[reportMissingImports]
 
     _halves_only(interleaved)
     cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
@@ -63,7 +63,7 @@ def liger(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
 
 def flash_attn(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
     """One Triton launch for each."""
-    from flash_attn.layers.rotary import apply_rotary_emb
+    from flash_attn.layers.rotary import apply_rotary_emb  # pyright: ignore[reportMissingImports]
 
     def rotate(q: Tensor, k: Tensor, **_) -> tuple[Tensor, ...]:
         tables = cos.to(q.dtype), sin.to(q.dtype)
@@ -75,7 +75,7 @@ def flash_attn(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
 def complex_product(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
     """Eager, pairs read as complex numbers: MoonViT's way."""
     if not interleaved:
-        raise Unavailable("it turns adjacent channels only")
+        raise UnavailableError("it turns adjacent channels only")
     turn = torch.complex(cos, sin)[:, None]  # [T, 1, D / 2]
 
     def rotate(q: Tensor, k: Tensor, **_) -> tuple[Tensor, ...]:
@@ -87,7 +87,7 @@ def complex_product(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
 
 def _halves_only(interleaved: bool) -> None:
     if interleaved:
-        raise Unavailable("it turns channels that are half a head apart only")
+        raise UnavailableError("it turns channels that are half a head apart only")
 
 
 def peers(op: str, transformers: RotaryPeer = transformers_vision) -> dict[str, MakeProvider]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+
 from _harness import Bench, heads
 from _rotary import bytes_moved, flops, peers
-
 from patchpack.testing.catalogue import Inputs
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from _harness import PHOTOS, Bench, heads
 from _rotary import bytes_moved, flops, peers
-
 from patchpack import PackedGrid
 from patchpack.testing.catalogue import Inputs
 

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 
 import torch
-from _harness import Bench, Case, machine, run_case
-from _report import merge, plot, show
 from rich.console import Console
 from rich.progress import track
+
+from _harness import Bench, Case, machine, run_case
+from _report import merge, plot, show
 
 HERE = Path(__file__).parent
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -42,16 +43,16 @@ def main() -> None:
             (False, True),
         )
     ]
+    path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
     results, skipped = [], []
     for case in track(cases, "timing", console=console):
         timed, not_timed = run_case(case, args.quick)
+        merge(path, timed, not_timed)
         results += timed
         skipped += not_timed
 
     show(results, skipped, console)
-    path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
-    stored = merge(path, results, skipped)
-    plot(path.with_suffix(".png"), stored["benchmarks"])
+    plot(path)
     console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False)
 
 

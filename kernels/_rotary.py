@@ -26,7 +26,8 @@ def frequency_table(
     A pair is (axis, exponent); its frequency is ``base ** -exponent`` radians a position, kept as
     ``2 ** 64`` times its turns.
     """
-    with localcontext(prec=50):
+    with localcontext() as context:
+        context.prec = 50
         log_base = Decimal(base).ln()
         words = []
         for axis, exponent in pairs:

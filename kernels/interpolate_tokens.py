@@ -16,58 +16,38 @@ from patchpack.kernels._tiles import cell_to_token, find_grid, token_to_cell
 
 
 @triton.jit
-def _axis(num_in, num_out, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """Slope, offset and unit of an axis, all even but the offset."""
-    if not ALIGN_CORNERS:
-        return 2 * num_in, num_in - num_out, 2 * num_out
-    single = num_out == 1
-    slope = tl.where(single, 0, 2 * (num_in - 1))
-    unit = tl.where(single, 2, 2 * (num_out - 1))
-    offset = tl.zeros_like(slope)
-    if ANTIALIAS:  # torch spreads the first outputs half a step even so
-        offset = tl.where(single, -1, num_in - num_out)
-    return slope, offset, unit
-
-
-@triton.jit
-def _source(o, slope, offset, unit, num_in, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """The coordinate that output ``o`` looks at, times ``unit``, int64."""
-    unit = unit.to(tl.int64)
-    if MODE == "nearest":  # rounded as torch rounds it, in float32
-        scale = tl.div_rn(slope.to(tl.float32), unit.to(tl.float32))
-        return tl.minimum((o.to(tl.float32) * scale).to(tl.int32), num_in - 1) * unit
-    source = slope.to(tl.int64) * o + offset
-    if MODE == "bilinear" and not ANTIALIAS:
-        source = tl.minimum(tl.maximum(source, 0), (num_in - 1) * unit)
-    return source
-
-
-@triton.jit
-def _filter_size(slope, unit, ANTIALIAS: tl.constexpr):
-    """The distance that counts as 1 in a filter."""
+def _axis(
+    num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
+):  # fmt: skip
+    """Slope, offset and unit of an axis, and the distance that counts as 1 in its filter."""
+    slope, offset, unit = 2 * num_in, num_in - num_out, 2 * num_out
+    if ALIGN_CORNERS:
+        single = num_out == 1
+        slope = tl.where(single, 0, slope - 2)
+        unit = tl.where(single, 2, unit - 2)
+        if ANTIALIAS:  # torch looks half a step ahead even so
+            offset = tl.where(single, -1, offset)
+        else:
+            offset = tl.zeros_like(offset)
+    size = unit
     if ANTIALIAS:
-        return tl.maximum(slope, unit)
-    return unit
+        size = tl.maximum(slope, unit)
+    elif MODE != "bilinear" and MODE != "bicubic":
+        size = (slope + unit) // 2  # cells overlap
+    return slope, offset, unit, size
 
 
 @triton.jit
-def _reach(slope, unit, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """The distance from which on weights are zero."""
-    if MODE == "bilinear":
-        return _filter_size(slope, unit, ANTIALIAS)
-    if MODE == "bicubic":
-        return 2 * _filter_size(slope, unit, ANTIALIAS)
-    overlap = (slope + unit) // 2
-    if MODE == "nearest":  # float32 may round to the neighbour
-        return overlap + slope
-    return overlap
+def _nearest(o, num_in, num_out):
+    """The input that output ``o`` copies, rounded as torch rounds it, in float32."""
+    scale = tl.div_rn(num_in.to(tl.float32), num_out.to(tl.float32))
+    return tl.minimum((o.to(tl.float32) * scale).to(tl.int32), num_in - 1)
 
 
 @triton.jit
-def _weight(distance, slope, unit, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """Weight at a distance, float32; up to a factor where it is to be normalised."""
+def _weight(distance, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """Weight at a distance; up to a factor where weights are to be normalised."""
     distance = tl.abs(distance)
-    size = _filter_size(slope, unit, ANTIALIAS).to(tl.float32)
     if MODE == "bilinear":
         return tl.div_rn(tl.maximum(size - distance, 0.0), size)
     if MODE == "bicubic":
@@ -76,16 +56,19 @@ def _weight(distance, slope, unit, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
         near = 1.0 - z * z * ((A + 3) - (A + 2) * z)
         far = A * (z - 1.0) * (z - 2.0) * (z - 2.0)
         return tl.where(z < 1.0, near, tl.where(z < 2.0, far, 0.0))
-    if MODE == "nearest":
-        return tl.where(distance == 0.0, 1.0, 0.0)
-    return tl.where(distance < _reach(slope, unit, MODE, ANTIALIAS).to(tl.float32), 1.0, 0.0)
+    return tl.where(distance < size, 1.0, 0.0)
 
 
 @triton.jit
-def _span(center, reach, step, size):
-    """First and last multiple of ``step``, among ``size`` from 0 on, nearer to ``center`` than ``reach``."""
+def _span(center, size, step, count, MODE: tl.constexpr):
+    """First and last of ``count`` multiples of ``step`` that weigh something at ``center``."""
+    reach = size
+    if MODE == "bicubic":
+        reach = 2 * size
+    if MODE == "nearest":  # float32 may round to the neighbour
+        reach = size + step
     first = tl.maximum(center - reach + step, 0) // step
-    last = tl.minimum(tl.maximum(center + reach - 1, 0) // step, size - 1)
+    last = tl.minimum(tl.maximum(center + reach - 1, 0) // step, count - 1)
     return first.to(tl.int32), last.to(tl.int32)
 
 
@@ -94,42 +77,45 @@ def _taps(
     o, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr,
     NUM_TAPS: tl.constexpr,
 ):  # fmt: skip
-    """What output ``o`` reads: first and last input, distance of the first, slope and unit."""
-    slope, offset, unit = _axis(num_in, num_out, ALIGN_CORNERS, ANTIALIAS)
-    source = _source(o, slope, offset, unit, num_in, MODE, ANTIALIAS)
+    """First and last input that output ``o`` reads; distance of the first, step, filter size."""
+    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
+    center = slope.to(tl.int64) * o + offset
+    if MODE == "nearest":
+        center = _nearest(o, num_in, num_out).to(tl.int64) * unit
     if NUM_TAPS > 0:
-        first = ((source + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
+        first = ((center + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
         last = first + NUM_TAPS - 1
     else:
-        first, last = _span(source, _reach(slope, unit, MODE, ANTIALIAS), unit, num_in)
-    distance = first.to(tl.int64) * unit - source
-    return first, last, distance.to(tl.float32), slope, unit
+        first, last = _span(center, size, unit, num_in, MODE)
+    distance = first.to(tl.int64) * unit - center
+    return first, last, distance.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
 
 
 @triton.jit
 def _readers(
     i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
 ):  # fmt: skip
-    """First and last output that may read input ``i``."""
-    slope, offset, unit = _axis(num_in, num_out, ALIGN_CORNERS, ANTIALIAS)
+    """First and last output that may read input ``i``; distance to the first, steps, filter size."""
+    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
     center = i.to(tl.int64) * unit - offset
-    return _span(center, _reach(slope, unit, MODE, ANTIALIAS), tl.maximum(slope, 1), num_out)
+    first, last = _span(center, size, tl.maximum(slope, 1), num_out, MODE)
+    distance = (center - first.to(tl.int64) * slope).to(tl.float32)
+    return first, last, distance, slope.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
 
 
 @triton.jit
 def _entry(
-    o, i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
+    o, i, num_in, num_out, distance, unit, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
+    NUM_TAPS: tl.constexpr,
 ):  # fmt: skip
-    """``W[o, i]``, up to the factor that normalises the row."""
-    slope, offset, unit = _axis(num_in, num_out, ALIGN_CORNERS, ANTIALIAS)
-    source = _source(o, slope, offset, unit, num_in, MODE, ANTIALIAS)
-    distance = (i.to(tl.int64) * unit - source).to(tl.float32)
-    weight = _weight(distance, slope, unit, MODE, ANTIALIAS)
-    if MODE == "bicubic" and not ANTIALIAS:  # what lies past a border counts for the border
-        for k in tl.static_range(1, 3):
-            before = _weight(distance - k * unit, slope, unit, MODE, ANTIALIAS)
-            after = _weight(distance + k * unit, slope, unit, MODE, ANTIALIAS)
-            weight += tl.where(i == 0, before, 0.0) + tl.where(i == num_in - 1, after, 0.0)
+    """``W[o, i]`` at this distance, up to the factor that normalises row ``o``."""
+    if MODE == "nearest":
+        return tl.where(_nearest(o, num_in, num_out) == i, 1.0, 0.0)
+    weight = _weight(distance, size, MODE, ANTIALIAS)
+    for k in tl.static_range(1, NUM_TAPS // 2 + 1):  # what lies past a border counts for it
+        before = _weight(distance - k * unit, size, MODE, ANTIALIAS)
+        after = _weight(distance + k * unit, size, MODE, ANTIALIAS)
+        weight += tl.where(i == 0, before, 0.0) + tl.where(i == num_in - 1, after, 0.0)
     return weight
 
 
@@ -186,10 +172,10 @@ def _resize_kernel(
     _, row, col, out_rows, out_cols, rows, cols, start = _locate(
         offs_t, target_geometry_ptr, geometry_ptr, num_grids, search_steps, TARGET_MERGE
     )
-    first_y, last_y, distance_y, slope_y, unit_y = _taps(
+    first_y, last_y, distance_y, unit_y, size_y = _taps(
         row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
     )
-    first_x, last_x, distance_x, slope_x, unit_x = _taps(
+    first_x, last_x, distance_x, unit_x, size_x = _taps(
         col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
     )
     if NUM_TAPS > 0:
@@ -206,10 +192,10 @@ def _resize_kernel(
         cell_to_token(first_y, first_x, cols, MERGE)[:, None], (BLOCK_T, BLOCK_C)
     )
     for ky in range(num_y):
-        weight_y = _weight(distance_y + ky * unit_y, slope_y, unit_y, MODE, ANTIALIAS)
+        weight_y = _weight(distance_y + ky * unit_y, size_y, MODE, ANTIALIAS)
         tap_y = first_y + ky
         for kx in tl.range(0, num_x, loop_unroll_factor=UNROLL):
-            weight = weight_y * _weight(distance_x + kx * unit_x, slope_x, unit_x, MODE, ANTIALIAS)
+            weight = weight_y * _weight(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
             tap_x = first_x + kx
             inside = mask
             if NUM_TAPS == 0:
@@ -257,6 +243,7 @@ def _resize_bwd_kernel(
     ALIGN_CORNERS: tl.constexpr,
     ANTIALIAS: tl.constexpr,
     NORMALISED: tl.constexpr,
+    NUM_TAPS: tl.constexpr,
     MERGE: tl.constexpr,
     TARGET_MERGE: tl.constexpr,
     NUM_CHANNELS: tl.constexpr,
@@ -275,19 +262,29 @@ def _resize_bwd_kernel(
     in_frame, row, col, rows, cols, out_rows, out_cols, start = _locate(
         offs_t, geometry_ptr, target_geometry_ptr, num_grids, search_steps, MERGE
     )
-    first_y, last_y = _readers(row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS)
-    first_x, last_x = _readers(col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS)
+    first_y, last_y, distance_y, slope_y, unit_y, size_y = _readers(
+        row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS
+    )
+    first_x, last_x, distance_x, slope_x, unit_x, size_x = _readers(
+        col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS
+    )
 
     # grad_x[i, j] = sum_{o, p} Wh[o, i] Ww[p, j] grad[o, p]
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for ky in range(tl.max(last_y - first_y) + 1):
         out_y = first_y + ky
-        weight_y = _entry(out_y, row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS)
+        weight_y = _entry(
+            out_y, row, rows, out_rows, distance_y - ky * slope_y, unit_y, size_y, MODE, ANTIALIAS,
+            NUM_TAPS,
+        )  # fmt: skip
         weight_y = tl.where(mask_t & (out_y <= last_y), weight_y, 0.0)
         for kx in range(tl.max(last_x - first_x) + 1):
             out_x = first_x + kx
-            weight = weight_y * _entry(out_x, col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS)
-            weight = tl.where(out_x <= last_x, weight, 0.0)
+            weight_x = _entry(
+                out_x, col, cols, out_cols, distance_x - kx * slope_x, unit_x, size_x, MODE,
+                ANTIALIAS, NUM_TAPS,
+            )  # fmt: skip
+            weight = tl.where(out_x <= last_x, weight_y * weight_x, 0.0)
             reads = weight != 0.0
             mask = reads[:, None] & mask_c
             token = start + cell_to_token(out_y, out_x, out_cols, TARGET_MERGE)
@@ -317,7 +314,6 @@ def resize(
     antialias: bool,
 ) -> tuple[Tensor, Tensor]:
     normalised = antialias or mode == "area"
-    taps = 0 if antialias else {"nearest": 1, "bilinear": 2, "bicubic": 4}.get(mode, 0)
     out = x.new_empty(num_tokens, x.shape[1])
     if mode == "max":
         saved = x.new_empty(out.shape, dtype=torch.int32)
@@ -330,13 +326,11 @@ def resize(
         target_geometry,
         out,
         saved,
-        MODE=mode,
-        ALIGN_CORNERS=align_corners,
-        ANTIALIAS=antialias,
-        NORMALISED=normalised,
-        NUM_TAPS=taps,
-        MERGE=spatial_merge_size,
-        TARGET_MERGE=target_merge_size,
+        spatial_merge_size,
+        target_merge_size,
+        mode,
+        align_corners,
+        antialias,
     )
     return out, saved
 
@@ -361,12 +355,11 @@ def resize_bwd(
         target_geometry,
         grad_x,
         saved,
-        MODE=mode,
-        ALIGN_CORNERS=align_corners,
-        ANTIALIAS=antialias,
-        NORMALISED=antialias or mode == "area",
-        MERGE=spatial_merge_size,
-        TARGET_MERGE=target_merge_size,
+        spatial_merge_size,
+        target_merge_size,
+        mode,
+        align_corners,
+        antialias,
     )
     return grad_x
 
@@ -378,7 +371,11 @@ def _launch(
     target_geometry: Tensor,
     out: Tensor,
     saved: Tensor,
-    **constants,
+    spatial_merge_size: int,
+    target_merge_size: int,
+    mode: str,
+    align_corners: bool,
+    antialias: bool,
 ) -> None:
     """Launch ``kernel`` on tiles of ``out`` of 8 KiB or less."""
     if out.numel() == 0:
@@ -400,10 +397,17 @@ def _launch(
         max(num_grids - 1, 0).bit_length(),
         num_tokens,
         x.stride(0) // unit,
+        MODE=mode,
+        ALIGN_CORNERS=align_corners,
+        ANTIALIAS=antialias,
+        NORMALISED=antialias or mode == "area",
+        NUM_TAPS=0 if antialias else {"nearest": 1, "bilinear": 2, "bicubic": 4}.get(mode, 0),
+        MERGE=spatial_merge_size,
+        TARGET_MERGE=target_merge_size,
         NUM_CHANNELS=num_channels,
         STRIDE_UNIT=unit,
         BLOCK_T=block_t,
         BLOCK_C=block_c,
         num_warps=4,
-        **constants,
+        maxnreg=128,
     )

@@ -6,23 +6,15 @@ import pytest
 import torch
 
 from patchpack.testing.catalogue import SPECS
-from patchpack.testing.contract import CHECKS, DTYPES, Subject
-
-# slow to trace and blind to values: the first two cases of an op are enough
-TRACING = {"opcheck", "compiled", "meta and fake"}
+from patchpack.testing.contract import CHECKS, Subject, subjects
 
 
-def _subjects():
-    params = []
-    for op, spec in SPECS.items():
-        for (i, case), check, dtype in itertools.product(enumerate(spec.cases), CHECKS, DTYPES):
-            if (check != "accuracy" and dtype != torch.float32) or (check in TRACING and i > 1):
-                continue
-            name = f"{op}-{case}-{check}-{str(dtype).removeprefix('torch.')}"
-            params.append(
-                pytest.param(check, Subject(op, case, dtype), id=name.replace(" ", "_"))
-            )
-    return params
+def _subjects(device="cpu"):
+    for op, check in itertools.product(SPECS, CHECKS):
+        for subject in subjects(op, check, device=device):
+            dtype = str(subject.dtype).removeprefix("torch.")
+            name = f"{op}-{subject.case}-{check}-{dtype}"
+            yield pytest.param(check, subject, id=name.replace(" ", "_"))
 
 
 @pytest.mark.parametrize(("check", "subject"), _subjects())
@@ -39,9 +31,9 @@ def test_half_precision_keeps_the_bits_of_its_batch(op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("check", "subject"), _subjects() if torch.cuda.is_available() else [])
+@pytest.mark.parametrize(("check", "subject"), _subjects("cuda") if torch.cuda.is_available() else [])
 def test_triton_on_the_gpu(check, subject):
-    CHECKS[check](Subject(subject.op, subject.case, subject.dtype, device="cuda"))
+    CHECKS[check](subject)
 
 
 @pytest.mark.parametrize(

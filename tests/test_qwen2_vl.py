@@ -243,6 +243,7 @@ def test_the_versions_of_the_sampler_differ_where_they_should():
         max_frame_pixels(4, variant="transformers")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200))
 def test_frames_chosen_beforehand_are_all_used(total_frames):
     p = plan_video(total_frames, None, 480, 640)
@@ -623,7 +624,8 @@ def test_padding_inside_a_sample_is_left_out(sample, data):
     places = [i for i, hole in enumerate(holes) if not hole]
     places += range(len(holes), len(holes) + len(sample.ids) - len(places))
     places = places[: len(sample.ids)]
-    ids = torch.full((len(holes) + len(sample.ids),), VISION_START)
+    filler = data.draw(st.sampled_from([TEXT, VISION_START, IMAGE_PAD, VIDEO_PAD]))
+    ids = torch.full((len(holes) + len(sample.ids),), filler)
     mask = torch.zeros_like(ids)
     ids[places], mask[places] = torch.tensor(sample.ids), 1
     positions, _ = mrope_position_ids(ids, **grids_of([sample]), attention_mask=mask)
@@ -665,6 +667,22 @@ def test_text_alone_counts_tokens():
     positions, deltas = mrope_position_ids(torch.empty(2, 0, dtype=torch.int64))
     assert positions.shape == (3, 2, 0)
     assert deltas.tolist() == [[0], [0]]
+
+
+def test_no_sample_is_all_padding():
+    positions, deltas = mrope_position_ids(
+        IDS[0], GRID, cu_seqlens=torch.zeros(1, dtype=torch.int32)
+    )
+    assert positions.tolist() == [[1] * 4] * 3
+    assert deltas.shape == (0, 1)
+
+
+def test_vision_tokens_are_the_markup_around_the_pads():
+    assert vision_tokens(plan(56, 56)) == [VISION_START, *[IMAGE_PAD] * 4, VISION_END]
+    # a video of one temporal patch is no image
+    p = plan_video(2, None, 56, 56)
+    assert p.grid_thw[0] == 1
+    assert vision_tokens(p) == [VISION_START, *[VIDEO_PAD] * p.llm_tokens, VISION_END]
 
 
 def test_a_plan_a_prompt_and_its_positions_fit_together():
@@ -809,6 +827,11 @@ GRID = torch.tensor([[1, 2, 2]])
             {"input_ids": IDS[0], "cu_seqlens": torch.tensor([0, 4])},
             TypeError,
             "cu_seqlens must be int32, got int64",
+        ),
+        (
+            {"input_ids": IDS[0], "cu_seqlens": torch.empty(0, dtype=torch.int32)},
+            ValueError,
+            "cu_seqlens must have at least one bound, got []",
         ),
         ({"merge_size": 0}, ValueError, "merge_size must be at least 1, got 0"),
     ],

@@ -672,6 +672,8 @@ def mrope_position_ids(
         _check.shape("cu_seqlens", cu_seqlens, None)
         _check.dtype("cu_seqlens", cu_seqlens, torch.int32)
         _check.same_device(input_ids=input_ids, cu_seqlens=cu_seqlens)
+        if cu_seqlens.shape[0] == 0:
+            raise ValueError("cu_seqlens must have at least one bound, got []")
         bounds = cu_seqlens.long()
     valid = token < bounds[-1]
     if attention_mask is not None:

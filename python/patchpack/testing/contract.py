@@ -391,3 +391,23 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "no host sync": check_no_sync,
     "int64 offsets": check_int64_offsets,
 }
+
+# slow to trace and blind to values: the first two cases of an op are enough
+TRACING = {"opcheck", "compiled", "meta and fake"}
+
+# what the reference does not owe, and why
+NOT_OWED_BY_REFERENCE = {
+    "accuracy": "the reference is the yardstick",
+    "packed as alone": "the order in which eager code sums depends on the sizes",
+    "opcheck": "the reference is not a registered op",
+    "compiled": "the reference loops over segments and images",
+    "meta and fake": "the reference reads lengths on the host",
+    "no host sync": "the reference reads lengths on the host",
+}
+
+
+def subjects(op: str, check: str, impl: str = "triton", device: str = "cpu") -> list[Subject]:
+    """Every case and dtype of ``op`` that ``check`` is for: all dtypes where accuracy is at stake."""
+    cases = list(SPECS[op].cases)[: 2 if check in TRACING else None]
+    dtypes = DTYPES if check == "accuracy" else DTYPES[:1]
+    return [Subject(op, case, dtype, impl, device) for case in cases for dtype in dtypes]

@@ -1,0 +1,69 @@
+"""Reads and plans the images that a user names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from rich.table import Table
+
+from patchpack.cli import CommandError
+from patchpack.systems import qwen2_vl
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image and what becomes of it."""
+
+    name: str
+    image: Image.Image
+    plan: qwen2_vl.Plan
+
+    def as_dict(self) -> dict:
+        return {
+            "name": self.name,
+            "height": self.plan.height,
+            "width": self.plan.width,
+            "resized": list(self.plan.resized),
+            "grid_thw": list(self.plan.grid_thw),
+            "vit_tokens": self.plan.vit_tokens,
+            "llm_tokens": self.plan.llm_tokens,
+        }
+
+
+def read(paths: Sequence[str | Path], min_pixels: int | None, max_pixels: int | None):
+    """Read and plan images, upright as their EXIF data says; of several frames the first."""
+    photos = []
+    for path in map(Path, paths):
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+            plan = qwen2_vl.plan(
+                image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels
+            )
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CommandError(f"cannot use {path}: {reason}") from error
+        photos.append(Photo(path.stem, image, plan))
+    return photos
+
+
+def table(photos: Sequence[Photo]) -> Table:
+    """One row an image, and their sums."""
+    table = Table("image", show_footer=True)
+    columns = ("size", "resized", "grid", "ViT tokens", "LLM tokens", "markup")
+    plans = [photo.plan for photo in photos]
+    sums = [
+        str(sum(getattr(plan, name) for plan in plans))
+        for name in ("vit_tokens", "llm_tokens", "markup_tokens")
+    ]
+    for name, footer in zip(columns, ["", "", "", *sums], strict=True):
+        table.add_column(name, footer=footer, justify="right")
+    for photo in photos:
+        plan = photo.plan
+        sizes = ((plan.height, plan.width), plan.resized, plan.grid_thw)
+        counts = (plan.vit_tokens, plan.llm_tokens, plan.markup_tokens)
+        table.add_row(photo.name, *("x".join(map(str, size)) for size in sizes), *map(str, counts))
+    return table

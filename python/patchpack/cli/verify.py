@@ -1,0 +1,129 @@
+"""Check on this machine that every op does what it promises.
+
+Runs the contract of the catalogue, the same that the tests run. An op may err at most twice as much
+as eager PyTorch does, against a float64 oracle; the table shows the case closest to that limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+import patchpack
+from patchpack import _dispatch
+from patchpack.cli import CommandError
+from patchpack.testing.catalogue import SPECS
+from patchpack.testing.compare import Accuracy
+from patchpack.testing.contract import CHECKS, NOT_OWED_BY_REFERENCE, accuracies, subjects
+
+VERDICTS = {True: "[green]ok", False: "[red]FAILED", None: "[dim]skipped"}
+
+
+@dataclass
+class Result:
+    """What one check found about one op; ``passed`` is ``None`` where it was skipped."""
+
+    op: str
+    check: str
+    passed: bool | None
+    cases: int = 0
+    error: float | None = None
+    eager_error: float | None = None
+    message: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=SPECS, help="one op only")
+    parser.add_argument("--impl", choices=_dispatch.IMPLS, help="by default that of the device")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("cannot verify on cuda: torch finds no CUDA device")
+    ops = [args.op] if args.op else list(SPECS)
+    impl = args.impl or _dispatch.resolve(ops[0], None, torch.empty(0, device=args.device))
+    for op in ops:
+        if reason := patchpack.available(op, impl):
+            raise CommandError(f"cannot verify impl={impl!r} of {op}: {reason}")
+
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(ops) * len(CHECKS))
+        for op in ops:
+            for check in CHECKS:
+                progress.update(task, description=f"{op}: {check}")
+                results.append(_verify(op, check, impl, args.device))
+                progress.advance(task)
+
+    if args.json:
+        verdicts = [asdict(result) for result in results]
+        json.dump({"impl": impl, "device": args.device, "results": verdicts}, sys.stdout, indent=2)
+        print()
+    else:
+        console = Console()
+        console.print(f"{impl} on {args.device}")
+        console.print(_table(ops, results), *_remarks(results), sep="\n")
+    return int(any(result.passed is False for result in results))
+
+
+def _verify(op: str, check: str, impl: str, device: str) -> Result:
+    if impl == "reference" and check in NOT_OWED_BY_REFERENCE:
+        return Result(op, check, None, message=NOT_OWED_BY_REFERENCE[check])
+    failures: list[str] = []
+    measured: list[Accuracy] = []
+    cases = subjects(op, check, impl, device)
+    for subject in cases:
+        try:
+            if check == "accuracy":
+                found = accuracies(subject)
+                failures += [f"{subject.case}, {subject.dtype}: {a}" for a in found if not a.passed]
+                measured += found
+            else:
+                CHECKS[check](subject)
+        except torch.OutOfMemoryError as error:
+            return Result(op, check, None, message=f"{subject.case}: {error}")
+        except Exception as error:  # whatever it is, it is the finding
+            failures.append(f"{subject.case}: {type(error).__name__}: {error}")
+    result = Result(op, check, not failures, len(cases), message="; ".join(failures))
+    if measured:
+        worst = max(measured, key=lambda a: a.error / a.budget if a.budget else 0)
+        result.error, result.eager_error = worst.error, worst.eager_error
+    return result
+
+
+def _table(ops: list[str], results: list[Result]):
+    from rich.table import Table
+
+    table = Table("check", *ops)
+    for check in CHECKS:
+        found = [result for result in results if result.check == check]
+        table.add_row(check, *(VERDICTS[result.passed] for result in found))
+        if any(result.error is not None for result in found):
+            table.add_row("  largest error", *(_number(result.error) for result in found))
+            table.add_row("  eager's error", *(_number(result.eager_error) for result in found))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _remarks(results: list[Result]) -> Iterator[str]:
+    from rich.markup import escape
+
+    skipped = {(r.check, r.message) for r in results if r.passed is None}
+    for check, message in sorted(skipped):
+        yield f"[dim]{check} is skipped: {escape(message)}"
+    for result in results:
+        if result.passed is False:
+            yield f"[red]{result.op}, {result.check}[/]: {escape(result.message)}"
