@@ -20,9 +20,9 @@ def merge(path: Path, results: list[dict], skipped: list[dict]) -> None:
     """Put a run into a file of results, in place of what it has of the same cases."""
     stored = json.loads(path.read_text()) if path.exists() else {"benchmarks": [], "skipped": []}
     measured = {_case(result["params"]) for result in results}
+    kept = [b for b in stored["benchmarks"] if _case(b["params"]) not in measured]
     stored = {
-        "benchmarks": [b for b in stored["benchmarks"] if _case(b["params"]) not in measured]
-        + results,
+        "benchmarks": sorted(kept + results, key=lambda b: b["params"]["op"]),
         "skipped": [s for s in stored["skipped"] if _case(s) not in measured] + skipped,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,50 +33,55 @@ def _case(params: dict) -> tuple[str, ...]:
     return tuple(params[name] for name in CASE)
 
 
-def show(results: list[dict], skipped: list[dict], console: Console) -> None:
-    """Print a table of every case, and once each why a provider is missing."""
-    for group, members in groupby(results, key=lambda result: result["group"]):
-        table = Table(title=group, title_justify="left", min_width=88)
-        table.add_column("provider")
-        for heading in ("median ms", "quartiles", "GB/s", "GFLOP/s", "of limit"):
-            table.add_column(heading, justify="right")
-        for result in members:
-            stats, info = result["stats"], result["extra_info"]
-            table.add_row(
-                result["name"],
-                f"{stats['median'] * 1e3:.3f}",
-                f"{stats['q1'] * 1e3:.3f} to {stats['q3'] * 1e3:.3f}",
-                f"{info['gb_per_s']:.1f}",
-                f"{info['gflop_per_s']:.1f}",
-                f"{info['of_limit']:.0%} of {info['limit']}",
-            )
-        console.print(table)
-    for reason in dict.fromkeys(f"{s['op']}: no {s['provider']}: {s['reason']}" for s in skipped):
-        console.print(reason, markup=False, highlight=False)
+def show(results: list[dict], console: Console) -> None:
+    """Print the results of a case."""
+    table = Table(title=results[0]["group"], title_justify="left", min_width=88)
+    table.add_column("provider")
+    for heading in ("median ms", "quartiles", "GB/s", "GFLOP/s", "of limit"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        stats, info = result["stats"], result["extra_info"]
+        table.add_row(
+            result["name"],
+            f"{stats['median'] * 1e3:.3f}",
+            f"{stats['q1'] * 1e3:.3f} to {stats['q3'] * 1e3:.3f}",
+            f"{info['gb_per_s']:.1f}",
+            f"{info['gflop_per_s']:.1f}",
+            f"{info['of_limit']:.0%} of {info['limit']}",
+        )
+    console.print(table)
 
 
 def plot(path: Path) -> None:
     """Draw, beside a file of results, how much of its limit every provider reaches."""
     results = json.loads(path.read_text())["benchmarks"]
-    groups = {group: list(members) for group, members in groupby(results, lambda r: r["group"])}
-    names = list(dict.fromkeys(result["name"] for result in results))
-    height = 0.35 * len(results) + 1.5
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
-    y, ticks = 0.0, []
-    for members in groups.values():
-        ticks.append(y + (len(members) - 1) / 2)
+    ops = {op: list(members) for op, members in groupby(results, lambda r: r["params"]["op"])}
+    cases = {op: list(dict.fromkeys(r["group"] for r in members)) for op, members in ops.items()}
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in results))}
+    rows = [len(groups) for groups in cases.values()]
+    figure, all_axes = plt.subplots(
+        *(len(ops), 1),
+        figsize=(9, 0.27 * sum(rows) + 0.5 * len(ops) + 0.7),
+        height_ratios=rows,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (op, members), axes in zip(ops.items(), all_axes[:, 0], strict=True):
         for result in members:
-            median, info = result["stats"]["median"], result["extra_info"]
-            reached = info["of_limit"]
-            spread = [reached * median / result["stats"][q] - reached for q in ("q3", "q1")]
-            axes.barh(y, reached, color=f"C{names.index(result['name'])}")
-            axes.errorbar(reached, y, xerr=[[-spread[0]], [spread[1]]], color="black", capsize=2)
-            axes.text(0.01, y, f"{result['name']}  {median * 1e3:.3g} ms", va="center", fontsize=7)
-            y += 1
-        y += 1
-    axes.set_yticks(ticks, [group.replace(", ", "\n", 1) for group in groups], fontsize=7)
-    axes.axvline(1, color="grey", linestyle="dotted")
-    axes.set_xlabel("of the physical limit (a copy or a matrix product of as much work)")
-    axes.invert_yaxis()
+            stats, reached = result["stats"], result["extra_info"]["of_limit"]
+            low, high = (reached * stats["median"] / stats[q] for q in ("q3", "q1"))
+            y = cases[op].index(result["group"])
+            spread = [[reached - low], [high - reached]]
+            axes.errorbar(reached, y, xerr=spread, fmt="o", color=colors[result["name"]])
+        axes.set_yticks(range(len(cases[op])), [g.removeprefix(f"{op}, ") for g in cases[op]])
+        axes.set_ylim(len(cases[op]) - 0.5, -0.5)
+        axes.set_title(op, loc="left", fontsize="medium", fontweight="bold")
+        axes.grid(alpha=0.3)
+        axes.axvline(1, color="black", linewidth=1)
+    all_axes[-1, 0].set(xscale="log", xlabel="of the physical limit, with quartiles")
+    for name, color in colors.items():
+        all_axes[0, 0].plot([], [], "o", color=color, label=name)
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path.with_suffix(".png"), dpi=120)
     plt.close(figure)

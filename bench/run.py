@@ -44,14 +44,14 @@ def main() -> None:
         )
     ]
     path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
-    results, skipped = [], []
+    reasons = {}
     for case in track(cases, "timing", console=console):
-        timed, not_timed = run_case(case, args.quick)
-        merge(path, timed, not_timed)
-        results += timed
-        skipped += not_timed
-
-    show(results, skipped, console)
+        results, skipped = run_case(case, args.quick)
+        show(results, console)
+        merge(path, results, skipped)
+        reasons |= {f"{s['op']}: no {s['provider']}: {s['reason']}": None for s in skipped}
+    for reason in reasons:
+        console.print(reason, markup=False, highlight=False)
     plot(path)
     console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False)
 

@@ -61,7 +61,7 @@ def _weight(distance, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
 
 @triton.jit
 def _span(center, size, step, count, MODE: tl.constexpr):
-    """First and last of ``count`` multiples of ``step`` that weigh something at ``center``."""
+    """First of ``count`` multiples of ``step`` to weigh something at ``center``, and how many do."""
     reach = size
     if MODE == "bicubic":
         reach = 2 * size
@@ -69,7 +69,7 @@ def _span(center, size, step, count, MODE: tl.constexpr):
         reach = size + step
     first = tl.maximum(center - reach + step, 0) // step
     last = tl.minimum(tl.maximum(center + reach - 1, 0) // step, count - 1)
-    return first.to(tl.int32), last.to(tl.int32)
+    return first.to(tl.int32), (last - first).to(tl.int32) + 1
 
 
 @triton.jit
@@ -77,30 +77,30 @@ def _taps(
     o, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr,
     NUM_TAPS: tl.constexpr,
 ):  # fmt: skip
-    """First and last input that output ``o`` reads; distance of the first, step, filter size."""
+    """First input that output ``o`` reads and their number; its distance, the step, filter size."""
     slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
     center = slope.to(tl.int64) * o + offset
     if MODE == "nearest":
         center = _nearest(o, num_in, num_out).to(tl.int64) * unit
     if NUM_TAPS > 0:
         first = ((center + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
-        last = first + NUM_TAPS - 1
+        count = NUM_TAPS
     else:
-        first, last = _span(center, size, unit, num_in, MODE)
+        first, count = _span(center, size, unit, num_in, MODE)
     distance = first.to(tl.int64) * unit - center
-    return first, last, distance.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
+    return first, count, distance.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
 
 
 @triton.jit
 def _readers(
     i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
 ):  # fmt: skip
-    """First and last output that may read input ``i``; distance to the first, steps, filter size."""
+    """First output that may read input ``i`` and their number; its distance, steps, filter size."""
     slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
     center = i.to(tl.int64) * unit - offset
-    first, last = _span(center, size, tl.maximum(slope, 1), num_out, MODE)
+    first, count = _span(center, size, tl.maximum(slope, 1), num_out, MODE)
     distance = (center - first.to(tl.int64) * slope).to(tl.float32)
-    return first, last, distance, slope.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
+    return first, count, distance, slope.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
 
 
 @triton.jit
@@ -172,18 +172,18 @@ def _resize_kernel(
     _, row, col, out_rows, out_cols, rows, cols, start = _locate(
         offs_t, target_geometry_ptr, geometry_ptr, num_grids, search_steps, TARGET_MERGE
     )
-    first_y, last_y, distance_y, unit_y, size_y = _taps(
+    first_y, count_y, distance_y, unit_y, size_y = _taps(
         row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
     )
-    first_x, last_x, distance_x, unit_x, size_x = _taps(
+    first_x, count_x, distance_x, unit_x, size_x = _taps(
         col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
     )
     if NUM_TAPS > 0:
         num_y: tl.constexpr = NUM_TAPS
         num_x: tl.constexpr = NUM_TAPS
     else:
-        num_y = tl.max(last_y - first_y) + 1
-        num_x = tl.max(last_x - first_x) + 1
+        num_y = tl.max(count_y)
+        num_x = tl.max(count_x)
 
     UNROLL: tl.constexpr = max(NUM_TAPS, 1)
     acc = tl.full((BLOCK_T, BLOCK_C), float("-inf") if MODE == "max" else 0.0, tl.float32)
@@ -198,13 +198,13 @@ def _resize_kernel(
             weight = weight_y * _weight(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
             tap_x = first_x + kx
             inside = mask
-            if NUM_TAPS == 0:
-                weight = tl.where((tap_y <= last_y) & (tap_x <= last_x), weight, 0.0)
+            if NUM_TAPS > 0:  # what lies past a border is the border
+                tap_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
+                tap_x = tl.minimum(tl.maximum(tap_x, 0), cols - 1)
+            else:  # is nothing
+                weight = tl.where((tap_y < rows) & (tap_x < cols), weight, 0.0)
                 inside = mask & (weight != 0.0)[:, None]
-            # what lies past a border is the border
-            cell_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
-            cell_x = tl.minimum(tl.maximum(tap_x, 0), cols - 1)
-            token = cell_to_token(cell_y, cell_x, cols, MERGE)
+            token = cell_to_token(tap_y, tap_x, cols, MERGE)
             x_ptrs = x_ptr + ((start + token) * stride_x_t * STRIDE_UNIT)[:, None] + offs_c[None, :]
             x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
             if MODE == "max":  # the first one wins, and NaN wins over numbers
@@ -262,29 +262,29 @@ def _resize_bwd_kernel(
     in_frame, row, col, rows, cols, out_rows, out_cols, start = _locate(
         offs_t, geometry_ptr, target_geometry_ptr, num_grids, search_steps, MERGE
     )
-    first_y, last_y, distance_y, slope_y, unit_y, size_y = _readers(
+    first_y, count_y, distance_y, slope_y, unit_y, size_y = _readers(
         row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS
     )
-    first_x, last_x, distance_x, slope_x, unit_x, size_x = _readers(
+    first_x, count_x, distance_x, slope_x, unit_x, size_x = _readers(
         col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS
     )
 
     # grad_x[i, j] = sum_{o, p} Wh[o, i] Ww[p, j] grad[o, p]
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for ky in range(tl.max(last_y - first_y) + 1):
+    for ky in range(tl.max(count_y)):
         out_y = first_y + ky
         weight_y = _entry(
             out_y, row, rows, out_rows, distance_y - ky * slope_y, unit_y, size_y, MODE, ANTIALIAS,
             NUM_TAPS,
         )  # fmt: skip
-        weight_y = tl.where(mask_t & (out_y <= last_y), weight_y, 0.0)
-        for kx in range(tl.max(last_x - first_x) + 1):
+        weight_y = tl.where(mask_t & (out_y < out_rows), weight_y, 0.0)
+        for kx in range(tl.max(count_x)):
             out_x = first_x + kx
             weight_x = _entry(
                 out_x, col, cols, out_cols, distance_x - kx * slope_x, unit_x, size_x, MODE,
                 ANTIALIAS, NUM_TAPS,
             )  # fmt: skip
-            weight = tl.where(out_x <= last_x, weight_y * weight_x, 0.0)
+            weight = tl.where(out_x < out_cols, weight_y * weight_x, 0.0)
             reads = weight != 0.0
             mask = reads[:, None] & mask_c
             token = start + cell_to_token(out_y, out_x, out_cols, TARGET_MERGE)
@@ -409,5 +409,4 @@ def _launch(
         BLOCK_T=block_t,
         BLOCK_C=block_c,
         num_warps=4,
-        maxnreg=128,
     )

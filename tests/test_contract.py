@@ -10,11 +10,13 @@ from patchpack.testing.contract import CHECKS, Subject, subjects
 
 
 def _subjects(device="cpu"):
+    params = []
     for op, check in itertools.product(SPECS, CHECKS):
         for subject in subjects(op, check, device=device):
             dtype = str(subject.dtype).removeprefix("torch.")
             name = f"{op}-{subject.case}-{check}-{dtype}"
-            yield pytest.param(check, subject, id=name.replace(" ", "_"))
+            params.append(pytest.param(check, subject, id=name.replace(" ", "_")))
+    return params
 
 
 @pytest.mark.parametrize(("check", "subject"), _subjects())

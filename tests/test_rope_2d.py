@@ -66,6 +66,15 @@ def test_golden_qwen2_vl_angles(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_golden_qwen2_vl_frequencies(impl):
+    (case,) = golden("qwen2vl.vit_inv_freq")
+    cos, sin = turned(PackedGrid([(2, 2)]), case["inputs"]["head_dim"], impl)
+    angle = torch.tensor(case["outputs"]["inv_freq"]).repeat(2)
+    torch.testing.assert_close(cos[-1], angle.cos(), rtol=0, atol=2e-7)
+    torch.testing.assert_close(sin[-1], angle.sin(), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_golden_pixtral_angles(impl):
     (case,) = golden("pixtral.freqs")
     row, col = case["inputs"]["h"], case["inputs"]["w"]

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-import patchpack
-from patchpack.cli import CommandError, demo, info, plan, verify
+from patchpack.cli import CommandError
 
-DEMO_EXTRA = {"PIL", "matplotlib", "rich", "skimage"}
+COMMANDS = {
+    "demo": "photos through the fused path and the reference: forward, backward, training",
+    "info": "versions, and which implementation of which op is available here",
+    "plan": "what a system makes of images: their size, grid and tokens",
+    "verify": "check on this machine that every op does what it promises",
+}
+DEMO_EXTRA = ("PIL", "matplotlib", "rich", "skimage")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m patchpack", description=patchpack.__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, info, plan, verify):
-        name, summary = module.__name__.rpartition(".")[2], (module.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    parser = argparse.ArgumentParser(
+        prog="python -m patchpack",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:<8}{summary}" for name, summary in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="COMMAND --help lists them")
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        # only now, so that `info` runs where the others lack what they need
+        module = importlib.import_module(f"patchpack.cli.{args.command}")
+        command = argparse.ArgumentParser(
+            prog=f"{parser.prog} {args.command}", description=module.__doc__
+        )
+        module.add_arguments(command)
+        return module.run(command.parse_args(args.arguments))
     except CommandError as error:
         message = str(error)
     except ModuleNotFoundError as error:

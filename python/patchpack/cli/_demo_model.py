@@ -1,8 +1,8 @@
 """What the demo trains: photos with hidden patches go in, the hidden patches come out.
 
-Every photo is one sample of a packed sequence: a few words, the photo at half resolution, the photo.
-The half-resolution view stands in front, so that a causal layer has seen all of a photo before its
-details; thumbnails do the same in the models of the literature.
+Every photo is one sample of a packed sequence: a few words, the photo at half resolution, and the
+photo. The half-resolution view stands in front, so that a causal layer has seen all of a photo
+before its details.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Restorer(nn.Module):
         x = self.layer(x, batch, self.impl)  # [L, WIDTH]
 
         patches = self.head(self.norm(x[batch.index]))
-        error = (patches - batch.targets().to(patches.dtype)).square().mean(dim=1)
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        error = (patches.to(dtype) - batch.targets().to(dtype)).square().mean(dim=1)
         loss = error.where(batch.hidden, 0).sum() / batch.hidden.sum()
         return {
             "vision tokens": tokens,

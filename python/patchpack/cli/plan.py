@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
+from rich.console import Console
+
+from patchpack.cli import _images
+
 SYSTEMS = ("qwen2_vl",)
 
 
@@ -17,10 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from patchpack.cli import _images
-
     photos = _images.read(args.paths, args.min_pixels, args.max_pixels)
     if args.json:
         plans = [p.as_dict() | {"markup_tokens": p.plan.markup_tokens} for p in photos]

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
 
 import patchpack
 from patchpack import _dispatch
@@ -45,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("cannot verify on cuda: torch finds no CUDA device")
     ops = [args.op] if args.op else list(SPECS)
@@ -101,9 +102,7 @@ def _verify(op: str, check: str, impl: str, device: str) -> Result:
     return result
 
 
-def _table(ops: list[str], results: list[Result]):
-    from rich.table import Table
-
+def _table(ops: list[str], results: list[Result]) -> Table:
     table = Table("check", *ops)
     for check in CHECKS:
         found = [result for result in results if result.check == check]
@@ -119,8 +118,6 @@ def _number(value: float | None) -> str:
 
 
 def _remarks(results: list[Result]) -> Iterator[str]:
-    from rich.markup import escape
-
     skipped = {(r.check, r.message) for r in results if r.passed is None}
     for check, message in sorted(skipped):
         yield f"[dim]{check} is skipped: {escape(message)}"

@@ -4,8 +4,8 @@ The images of a batch are one packed sequence of patches. Nothing here knows whe
 or ends but the ``PackedGrid``, which ``rope_2d`` and ``varlen_attention`` read on the device: there
 is no padding, no mask, no loop over images and no wait for the device.
 
-With its defaults this is the encoder of Qwen2-VL (arXiv 2409.12191). Parameters have the names they
-have in transformers, whose weights fit after ``patch_embed.proj.weight`` is flattened to ``[C, P]``.
+With its defaults this is the encoder of Qwen2-VL (arXiv 2409.12191). Parameters are named as in
+transformers, whose weights fit once ``patch_embed.proj.weight`` is flattened to ``[C, P]``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,142 @@
+"""``varlen_attention`` of images, windows and text. Bound by matrix products."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from _harness import PHOTOS, Bench, Provider, UnavailableError, heads
+from patchpack.testing.catalogue import Inputs
+
+
+def _make_inputs(dtype, device, lengths, num_heads, head_dim, causal=False) -> Inputs:
+    q, k, v = heads(sum(lengths), num_heads, head_dim, dtype, device)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens.to(device), "causal": causal}
+
+
+def _lengths(inputs: Inputs) -> list[int]:
+    return inputs["cu_seqlens_q"].diff().tolist()
+
+
+def _bytes_moved(inputs: Inputs, backward: bool) -> int:
+    """Read q, k, v and write out; then read those and grad_out, write three gradients."""
+    q, kv = inputs["q"].numel(), inputs["k"].numel() + inputs["v"].numel()
+    values = (q + kv + q) + (backward and (q + kv + q + q) + (q + kv))
+    return values * inputs["q"].element_size()
+
+
+def _flops(inputs: Inputs, backward: bool) -> int:
+    """Two matrix products forward and five backward, of the pairs that see each other."""
+    _, num_heads, head_dim = inputs["q"].shape
+    causal = inputs["causal"]
+    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in _lengths(inputs))
+    return (7 if backward else 2) * 2 * pairs * num_heads * head_dim
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """``[B, T, H, D]``"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
+
+
+def _sdpa_loop(inputs: Inputs) -> Provider:
+    lengths = _lengths(inputs)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, **_) -> Tensor:
+        segments = zip(*(x[None].split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([_sdpa(*segment, causal) for segment in segments], dim=1)[0]
+
+    return attend
+
+
+def _sdpa_batch(inputs: Inputs) -> Provider:
+    lengths = _lengths(inputs)
+    if len(set(lengths)) > 1:
+        raise UnavailableError("it needs segments of one length")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, **_) -> Tensor:
+        return _sdpa(*(x.unflatten(0, (len(lengths), -1)) for x in (q, k, v)), causal).flatten(0, 1)
+
+    return attend
+
+
+def _flex_attention(inputs: Inputs) -> Provider:
+    """FlexAttention; its block mask is made once a batch and not timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    num_tokens, device = inputs["q"].shape[0], inputs["q"].device
+    lengths = torch.tensor(_lengths(inputs))
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+
+    def visible(_b, _h, i, j):
+        same = segment[i] == segment[j]
+        return same & (i >= j) if inputs["causal"] else same
+
+    mask = create_block_mask(visible, None, None, num_tokens, num_tokens, device=str(device))
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
+        batched = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = compiled(*batched, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+def _torch_varlen(inputs: Inputs) -> Provider:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(_lengths(inputs))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool) -> Tensor:
+        bounds = (cu_seqlens_q, cu_seqlens_q, longest, longest)
+        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0 if causal else -1))
+
+    return attend
+
+
+def _flash_attn(inputs: Inputs) -> Provider:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    longest = max(_lengths(inputs))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool) -> Tensor:
+        bounds = (cu_seqlens_q, cu_seqlens_q, longest, longest)
+        return flash_attn_varlen_func(q, k, v, *bounds, causal=causal)
+
+    return attend
+
+
+VISION = {"num_heads": (16, 16), "head_dim": 80}
+BENCH = Bench(
+    op="varlen_attention",
+    shapes={
+        "Qwen2-VL, 16 photos": {"lengths": [h * w for h, w in PHOTOS], **VISION},
+        "Qwen2.5-VL, 128 windows of 64": {"lengths": [64] * 128, **VISION},
+        "512 windows of 16": {"lengths": [16] * 512, **VISION},
+        "Qwen2-VL-7B text, causal": {
+            "lengths": [512, 3072, 1536],
+            "num_heads": (28, 4),
+            "head_dim": 128,
+            "causal": True,
+        },
+    },
+    tiny={"lengths": [5, 9, 2], "num_heads": (4, 2), "head_dim": 16},
+    make_inputs=_make_inputs,
+    bytes_moved=_bytes_moved,
+    flops=_flops,
+    bound="matmul",
+    peers={
+        "SDPA loop": _sdpa_loop,
+        "SDPA of a batch": _sdpa_batch,
+        "FlexAttention": _flex_attention,
+        "torch varlen_attn": _torch_varlen,
+        "flash-attn": _flash_attn,
+    },
+)
