@@ -48,8 +48,9 @@ def _sdpa_loop(inputs: Inputs) -> Provider:
     lengths = _lengths(inputs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, **_) -> Tensor:
-        segments = zip(*(x[None].split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        return torch.cat([_sdpa(*segment, causal) for segment in segments], dim=1)[0]
+        qs, ks, vs = (x[None].split(lengths, dim=1) for x in (q, k, v))
+        outs = [_sdpa(*segment, causal) for segment in zip(qs, ks, vs, strict=True)]
+        return torch.cat(outs, dim=1)[0]
 
     return attend
 
@@ -60,7 +61,8 @@ def _sdpa_batch(inputs: Inputs) -> Provider:
         raise UnavailableError("it needs segments of one length")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, **_) -> Tensor:
-        return _sdpa(*(x.unflatten(0, (len(lengths), -1)) for x in (q, k, v)), causal).flatten(0, 1)
+        q, k, v = (x.unflatten(0, (len(lengths), -1)) for x in (q, k, v))
+        return _sdpa(q, k, v, causal).flatten(0, 1)
 
     return attend
 
@@ -82,8 +84,9 @@ def _flex_attention(inputs: Inputs) -> Provider:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
-        batched = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = compiled(*batched, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        gqa = q.shape[1] != k.shape[1]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = compiled(q, k, v, block_mask=mask, enable_gqa=gqa)
         return out[0].transpose(0, 1)
 
     return attend
@@ -94,9 +97,11 @@ def _torch_varlen(inputs: Inputs) -> Provider:
 
     longest = max(_lengths(inputs))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool):
         bounds = (cu_seqlens_q, cu_seqlens_q, longest, longest)
-        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0 if causal else -1))
+        window = (-1, 0 if causal else -1)
+        gqa = q.shape[1] != k.shape[1]
+        return varlen_attn(q, k, v, *bounds, window_size=window, enable_gqa=gqa)
 
     return attend
 

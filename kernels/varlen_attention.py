@@ -11,6 +11,7 @@ powers of two: no product is spent on the padding of 80 to 128. With ``D1 == 0``
 stands for nothing, and the compiler removes it.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,6 +31,14 @@ def _find_tile(cu_seqlens_ptr, num_segments, search_steps, tile, BLOCK: tl.const
         high = tl.where(first <= tile, high, middle - 1)
     first = tl.load(cu_seqlens_ptr + low) // BLOCK + low
     return low, ((tile - first) * BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _rows_of(cu_seqlens_ptr, segment, num_segments, num_tokens):
+    """First row of a segment and its number of rows; the one past the last ends at num_tokens."""
+    begin = tl.load(cu_seqlens_ptr + segment)
+    end = tl.load(cu_seqlens_ptr + segment + 1, mask=segment < num_segments, other=num_tokens)
+    return begin, tl.maximum(end - begin, 0)
 
 
 @triton.jit
@@ -181,11 +190,8 @@ def _attend_fwd_kernel(
     segment, first_q = _find_tile(
         cu_seqlens_q_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_Q
     )
-    in_segment = segment < num_segments
-    begin_q = tl.load(cu_seqlens_q_ptr + segment)
-    len_q = tl.load(cu_seqlens_q_ptr + segment + 1, mask=in_segment, other=num_tokens) - begin_q
-    begin_k = tl.load(cu_seqlens_k_ptr + segment)
-    len_k = tl.load(cu_seqlens_k_ptr + segment + 1, mask=in_segment, other=begin_k) - begin_k
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_tokens)
+    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, 0)
     if first_q >= len_q:
         return
 
@@ -239,12 +245,259 @@ def _attend_fwd_kernel(
     _store(out_ptrs, (acc[0] * share, acc[1] * share), mask_q[:, None], HEAD_DIM, D0, D1)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "num_segments", "search_steps", "num_tokens", "stride_q_t", "stride_q_h", "stride_k_t",
+        "stride_k_h", "stride_v_t", "stride_v_h", "left", "right",
+    ]
+)  # fmt: skip
+def _attend_bwd_dq_kernel(
+    # tensors
+    grad_out_ptr,  # [Tq, Hq, D]
+    grad_lse_ptr,  # [Hq, Tq], or anything without HAS_GRAD_LSE
+    q_ptr,  # [Tq, Hq, D]
+    k_ptr,  # [Tk, Hk, D]
+    v_ptr,  # [Tk, Hk, D]
+    out_ptr,  # [Tq, Hq, D]
+    lse_ptr,  # [Hq, Tq]
+    delta_ptr,  # [Hq, Tq]
+    grad_q_ptr,  # [Tq, Hq, D]
+    cu_seqlens_q_ptr,  # [S + 1]
+    cu_seqlens_k_ptr,  # [S + 1]
+    # sizes and strides, in units of STRIDE_UNIT elements
+    num_segments,
+    search_steps,
+    num_tokens,
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    stride_v_t,
+    stride_v_h,
+    # scalars
+    softmax_scale,
+    left,
+    right,
+    # compile-time
+    HAS_GRAD_LSE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program makes the gradient of BLOCK_Q queries of one head, and their ``delta``."""
+    head = tl.program_id(1).to(tl.int64)
+    num_heads = tl.num_programs(1)
+    segment, first_q = _find_tile(
+        cu_seqlens_q_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_Q
+    )
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_tokens)
+    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, 0)
+    if first_q >= len_q:
+        return
+
+    offs_q = first_q + tl.arange(0, BLOCK_Q)
+    mask_q = offs_q < len_q
+    row_q = begin_q.to(tl.int64) + offs_q
+    # what lies past the last segment counts as zeros, whatever it holds
+    real_q = mask_q & (segment < num_segments)
+    offs_k = tl.arange(0, BLOCK_K)
+    row_k = begin_k.to(tl.int64) + offs_k
+    q_ptrs = q_ptr + (row_q * stride_q_t + head * stride_q_h)[:, None] * STRIDE_UNIT
+    k_ptrs = k_ptr + (row_k * stride_k_t + head // GROUP * stride_k_h)[:, None] * STRIDE_UNIT
+    v_ptrs = v_ptr + (row_k * stride_v_t + head // GROUP * stride_v_h)[:, None] * STRIDE_UNIT
+    step_k = stride_k_t.to(tl.int64) * STRIDE_UNIT
+    step_v = stride_v_t.to(tl.int64) * STRIDE_UNIT
+    offs_out = ((row_q * num_heads + head) * HEAD_DIM)[:, None]
+    offs_row = head * num_tokens + row_q
+
+    q = _load(q_ptrs, real_q[:, None], HEAD_DIM, D0, D1)
+    grad_out = _load(grad_out_ptr + offs_out, real_q[:, None], HEAD_DIM, D0, D1)
+    out = _load(out_ptr + offs_out, real_q[:, None], HEAD_DIM, D0, D1)
+    lse = tl.load(lse_ptr + offs_row, mask=real_q, other=0.0) * _LOG2_E
+
+    # delta[i] = grad_out[i] . out[i] - grad_lse[i]
+    delta = tl.sum(out[0].to(tl.float32) * grad_out[0].to(tl.float32), axis=1)
+    if D1 > 0:
+        delta += tl.sum(out[1].to(tl.float32) * grad_out[1].to(tl.float32), axis=1)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + offs_row, mask=real_q, other=0.0)
+    tl.store(delta_ptr + offs_row, delta, mask=mask_q)
+
+    acc = _zeros(BLOCK_Q, D0, D1)
+    scale = softmax_scale * _LOG2_E
+    shift = len_k - len_q
+    last_q = tl.minimum(first_q + BLOCK_Q, len_q) - 1
+    bounds = _tile_bounds(
+        first_q + shift, last_q + shift, len_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_K
+    )
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        for first_k in range(bounds[part], bounds[part + 1], BLOCK_K):
+            mask_k = offs_k < (BLOCK_K if part == 1 else len_k - first_k)
+            k = _load(k_ptrs + first_k * step_k, mask_k[:, None], HEAD_DIM, D0, D1)
+            v = _load(v_ptrs + first_k * step_v, mask_k[:, None], HEAD_DIM, D0, D1)
+            p = tl.exp2(_scores(q, k, D1, PRECISION) * scale - lse[:, None])
+            if part != 1:
+                visible = _visible(
+                    (offs_q + shift)[:, None], (first_k + offs_k)[None, :], len_k, left, right,
+                    HAS_LEFT, HAS_RIGHT,
+                )  # fmt: skip
+                p = tl.where(visible, p, 0.0)
+            grad_s = p * (_scores(grad_out, v, D1, PRECISION) - delta[:, None])
+            acc = _accumulate(acc, grad_s, k, D1, PRECISION)
+
+    acc = acc[0] * softmax_scale, acc[1] * softmax_scale
+    _store(grad_q_ptr + offs_out, acc, mask_q[:, None], HEAD_DIM, D0, D1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_segments", "search_steps", "num_q_tokens", "num_k_tokens", "stride_q_t", "stride_q_h",
+        "stride_k_t", "stride_k_h", "stride_v_t", "stride_v_h", "left", "right",
+    ]
+)  # fmt: skip
+def _attend_bwd_dkv_kernel(
+    # tensors
+    grad_out_ptr,  # [Tq, Hq, D]
+    q_ptr,  # [Tq, Hq, D]
+    k_ptr,  # [Tk, Hk, D]
+    v_ptr,  # [Tk, Hk, D]
+    lse_ptr,  # [Hq, Tq]
+    delta_ptr,  # [Hq, Tq]
+    grad_k_ptr,  # [Tk, Hk, D]
+    grad_v_ptr,  # [Tk, Hk, D]
+    cu_seqlens_q_ptr,  # [S + 1]
+    cu_seqlens_k_ptr,  # [S + 1]
+    # sizes and strides, in units of STRIDE_UNIT elements
+    num_segments,
+    search_steps,
+    num_q_tokens,
+    num_k_tokens,
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    stride_v_t,
+    stride_v_h,
+    # scalars
+    softmax_scale,
+    left,
+    right,
+    # compile-time
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program makes the gradients of BLOCK_K keys and values of one head, over its queries."""
+    head_k = tl.program_id(1).to(tl.int64)
+    num_k_heads = tl.num_programs(1)
+    num_q_heads = num_k_heads * GROUP
+    segment, first_k = _find_tile(
+        cu_seqlens_k_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_K
+    )
+    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens)
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, 0)
+    if first_k >= len_k:
+        return
+
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < len_k
+    row_k = begin_k.to(tl.int64) + offs_k
+    real_k = mask_k & (segment < num_segments)
+    k_ptrs = k_ptr + (row_k * stride_k_t + head_k * stride_k_h)[:, None] * STRIDE_UNIT
+    v_ptrs = v_ptr + (row_k * stride_v_t + head_k * stride_v_h)[:, None] * STRIDE_UNIT
+    k = _load(k_ptrs, real_k[:, None], HEAD_DIM, D0, D1)
+    v = _load(v_ptrs, real_k[:, None], HEAD_DIM, D0, D1)
+
+    acc_k = _zeros(BLOCK_K, D0, D1)
+    acc_v = _zeros(BLOCK_K, D0, D1)
+    scale = softmax_scale * _LOG2_E
+    # key j is seen by the queries [j - shift - right, j - shift + left]
+    shift = len_k - len_q
+    last_k = tl.minimum(first_k + BLOCK_K, len_k) - 1
+    bounds = _tile_bounds(
+        first_k - shift, last_k - shift, len_q, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_Q
+    )
+    for in_group in range(GROUP):
+        head_q = head_k * GROUP + in_group
+        for part in tl.static_range(0 if HAS_RIGHT else 1, 3):
+            for first_q in range(bounds[part], bounds[part + 1], BLOCK_Q):
+                offs_q = first_q + tl.arange(0, BLOCK_Q)
+                mask_q = offs_q < len_q
+                row_q = begin_q.to(tl.int64) + offs_q
+                q_ptrs = q_ptr + (row_q * stride_q_t + head_q * stride_q_h)[:, None] * STRIDE_UNIT
+                offs_out = ((row_q * num_q_heads + head_q) * HEAD_DIM)[:, None]
+                q = _load(q_ptrs, mask_q[:, None], HEAD_DIM, D0, D1)
+                grad_out = _load(grad_out_ptr + offs_out, mask_q[:, None], HEAD_DIM, D0, D1)
+                offs_row = head_q * num_q_tokens + row_q
+                lse = tl.load(lse_ptr + offs_row, mask=mask_q, other=0.0) * _LOG2_E
+                delta = tl.load(delta_ptr + offs_row, mask=mask_q, other=0.0)
+
+                # transposed, keys by queries
+                p = tl.exp2(_scores(k, q, D1, PRECISION) * scale - lse[None, :])
+                if part != 1:
+                    visible = _visible(
+                        (offs_k - shift)[:, None], offs_q[None, :], len_q, right, left,
+                        HAS_RIGHT, HAS_LEFT,
+                    )  # fmt: skip
+                    p = tl.where(visible, p, 0.0)
+                acc_v = _accumulate(acc_v, p, grad_out, D1, PRECISION)
+                grad_s = p * (_scores(v, grad_out, D1, PRECISION) - delta[None, :])
+                acc_k = _accumulate(acc_k, grad_s, q, D1, PRECISION)
+
+    offs_out = ((row_k * num_k_heads + head_k) * HEAD_DIM)[:, None]
+    acc_k = acc_k[0] * softmax_scale, acc_k[1] * softmax_scale
+    _store(grad_k_ptr + offs_out, acc_k, mask_k[:, None], HEAD_DIM, D0, D1)
+    _store(grad_v_ptr + offs_out, acc_v, mask_k[:, None], HEAD_DIM, D0, D1)
+
+
 def _pieces(head_dim: int) -> tuple[int, int]:
     """Two powers of two, or one and 0, that hold a head of the next multiple of 16 channels."""
     width = triton.cdiv(head_dim, 16) * 16
     first = 1 << (width.bit_length() - 1)
     rest = width - first
     return (first, rest) if rest & (rest - 1) == 0 else (2 * first, 0)
+
+
+def _tiles(pass_name: str, q: Tensor) -> dict[str, int]:
+    """Tile sizes, warps and stages: the largest that spill no register on sm_80, sm_90, sm_100."""
+    if q.dtype == torch.float32:
+        tiles = {"fwd": (32, 32, 4, 1), "dq": (32, 32, 4, 1), "dkv": (32, 32, 4, 1)}
+    else:
+        tiles = {"fwd": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 4, 2)}
+    names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
+    return dict(zip(names, tiles[pass_name], strict=True))
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[list[int], dict]:
+    """Strides of q, k and v in units that the compiler can align to, and compile-time arguments."""
+    strides = [s for x in (q, k, v) for s in x.stride()[:2]]
+    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    d0, d1 = _pieces(q.shape[2])
+    return [s // unit for s in strides], {
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "GROUP": q.shape[1] // k.shape[1],
+        "HEAD_DIM": q.shape[2],
+        "D0": d0,
+        "D1": d1,
+        "STRIDE_UNIT": unit,
+        # three products of parts are as good as float32; a float16 product needs one
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+    }
 
 
 def attend(
@@ -257,26 +510,104 @@ def attend(
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, _ = q.shape
     num_segments = cu_seqlens_q.shape[0] - 1
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty((num_heads, num_tokens), dtype=torch.float32)
-    strides = [s for x in (q, k, v) for s in x.stride()[:2]]
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1
-    d0, d1 = _pieces(head_dim)
-    BQ, BK, W, ST = CONFIG["fwd"]
-    grid = (num_tokens // BQ + num_segments + 1, num_heads)
-    _attend_fwd_kernel[grid](
-        q, k, v, out, lse, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
-        num_segments, num_segments.bit_length(), num_tokens,
-        *(s // unit for s in strides),
-        softmax_scale, left, right,
-        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, GROUP=num_heads // k.shape[1],
-        HEAD_DIM=head_dim, D0=d0, D1=d1, STRIDE_UNIT=unit,
-        PRECISION=CONFIG["precision"] if q.dtype == torch.float32 else "tf32",
-        BLOCK_Q=BQ, BLOCK_K=BK, num_warps=W, num_stages=ST,
+    if num_tokens == 0:
+        return out, lse
+    strides, constants = _arguments(q, k, v, left, right)
+    tiles = _tiles("fwd", q)
+    _attend_fwd_kernel[(num_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        num_segments,
+        num_segments.bit_length(),
+        num_tokens,
+        *strides,
+        softmax_scale,
+        left,
+        right,
+        **constants,
+        **tiles,
     )
     return out, lse
-import torch
-CONFIG={"fwd":(64,64,4,2),"precision":"tf32x3"}
+
+
+def attend_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_q_tokens, num_q_heads, _ = q.shape
+    num_k_tokens, num_k_heads, _ = k.shape
+    num_segments = cu_seqlens_q.shape[0] - 1
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    grad_out = grad_out.contiguous()
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    delta = torch.empty_like(lse)
+    strides, constants = _arguments(q, k, v, left, right)
+    scalars = (softmax_scale, left, right)
+    steps = num_segments.bit_length()
+    if num_q_tokens:
+        tiles = _tiles("dq", q)
+        _attend_bwd_dq_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_q_heads)](
+            grad_out,
+            lse if grad_lse is None else grad_lse.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            delta,
+            grad_q,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            num_segments,
+            steps,
+            num_q_tokens,
+            *strides,
+            *scalars,
+            HAS_GRAD_LSE=grad_lse is not None,
+            **constants,
+            **tiles,
+        )
+    if num_k_tokens:
+        tiles = _tiles("dkv", q)
+        _attend_bwd_dkv_kernel[(num_k_tokens // tiles["BLOCK_K"] + num_segments + 1, num_k_heads)](
+            grad_out,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            grad_k,
+            grad_v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            num_segments,
+            steps,
+            num_q_tokens,
+            num_k_tokens,
+            *strides,
+            *scalars,
+            **constants,
+            **tiles,
+        )
+    return grad_q, grad_k, grad_v

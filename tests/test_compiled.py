@@ -18,7 +18,8 @@ OPTIONS = {"enable_fp_fusion": True}
 @triton.jit(do_not_specialize=["factor"])
 def _scale_kernel(x_ptr, out_ptr, stride, factor, N: tl.constexpr):
     offs = tl.program_id(0) * stride + tl.arange(0, N)
-    tl.store(out_ptr + offs, tl.load(x_ptr + offs) * factor)
+    mask = tl.arange(0, N) < stride
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=mask) * factor, mask=mask)
 
 
 @triton.jit

@@ -327,6 +327,24 @@ def test_fma_rounds_once(dtype):
         assert all(d <= other for d, other in zip(distance(out), distance(neighbour), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "x", "y", "z", "expected"),
+    [
+        (torch.float32, 97, 172_961, 2.0**-40, 2**24 + 2),  # x * y is a tie: z decides
+        (torch.float32, 97, 172_961, -(2.0**-40), 2**24),
+        (torch.bfloat16, 7, 37, 2.0**-100, 260),
+        (torch.bfloat16, 7, 37, -(2.0**-100), 258),
+        (torch.float32, 2.0**127, 2, -(2.0**127), 2.0**127),
+        (torch.float32, 2.0**127, 2, 0, torch.inf),
+        (torch.bfloat16, torch.inf, 1, -torch.inf, torch.nan),
+    ],
+)
+def test_fma_of_special_values(dtype, x, y, z, expected):
+    with interpreted():
+        out = run_fma(*torch.tensor([[x], [y], [z]], dtype=dtype))
+    assert same(out, torch.tensor([expected], dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_reductions_and_scans(dtype):
     x = small()[0].to(dtype)
@@ -402,7 +420,7 @@ def _everything_kernel(
     out, half = _affine(acc, shift.to(tl.float32))
     if negate:
         out = -out
-    if FLAG and skip_ptr is None:
+    if FLAG and skip_ptr is None and 0 < num_rows < 9:
         out += half
     tl.store(out_ptr + pid.to(tl.int64) * N + tl.arange(0, N), out)
 
@@ -582,6 +600,16 @@ def test_a_context_may_run_launches_its_own_way():
     assert (x == 2).all()
     with interpreted(), pytest.raises(RuntimeError, match="outermost"), interpreted(print):
         pass
+
+
+def test_launches_on_other_devices_are_not_interpreted(monkeypatch):
+    launches = []
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: launches.append(args))
+    kernel = JITFunction(_square_kernel.fn)
+    x = torch.empty(16, device="meta")
+    with interpreted():
+        kernel[(1,)](x, 16)
+    assert launches == [(kernel, x, 16)]
 
 
 def test_threads_do_not_disturb_one_another():

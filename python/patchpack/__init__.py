@@ -6,6 +6,7 @@ from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.mrope import mrope
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
+from patchpack.ops.varlen_attention import varlen_attention
 from patchpack.packing import PackedGrid
 
 __version__ = "0.1.0"
@@ -18,4 +19,5 @@ __all__ = [
     "reference",
     "rope",
     "rope_2d",
+    "varlen_attention",
 ]

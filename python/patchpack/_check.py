@@ -61,6 +61,14 @@ def integers(name: str, values: Sequence[int]) -> list[int]:
     return list(values)
 
 
+def window(name: str, sides: tuple[int, int]) -> list[int]:
+    """``sides`` is two integers of -1 (no limit) or more."""
+    pair = integers(name, sides)
+    if len(pair) != 2 or min(pair) < -1:
+        raise ValueError(f"{name} must be two integers of -1 or more, got {sides}")
+    return pair
+
+
 def positive(name: str, value: float) -> None:
     """``value`` is a number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

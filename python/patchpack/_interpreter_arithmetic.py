@@ -110,10 +110,8 @@ class Builder(InterpreterBuilder):
 
     def binary_op(self, lhs, rhs, op):
         result = super().binary_op(_widened(lhs), _widened(rhs), op)
-        if lhs.dtype.scalar != tl.bfloat16:
+        if lhs.dtype.scalar != tl.bfloat16 or result.data.dtype == np.bool_:
             return result
-        if result.data.dtype == np.bool_:
-            return TensorHandle(result.data, tl.int1)
         return _rounded(result.data)
 
     # A number beats NaN, unless the caller asks for propagation.

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"at most {max_pixels} pixels a photo, {args.dtype} on {args.device}\n")
 
     results, seconds, loss = _run_models(console, batch, args)
-    curves = {name: torch.tensor(losses) for name, losses in loss.items()}
+    curves = {name: torch.tensor(losses, dtype=torch.float64) for name, losses in loss.items()}
     values = {name: {**results[name], "loss curve": curves[name]} for name in results}
     checks = [
         measure(

@@ -4,3 +4,4 @@ from patchpack.reference.interpolate_tokens import interpolate_tokens as interpo
 from patchpack.reference.mrope import mrope as mrope
 from patchpack.reference.rope import rope as rope
 from patchpack.reference.rope_2d import rope_2d as rope_2d
+from patchpack.reference.varlen_attention import varlen_attention as varlen_attention

@@ -1,0 +1,246 @@
+"""``python -m patchpack``: what each command prints and writes, and its exit status."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import patchpack
+from patchpack.__main__ import main
+from patchpack.cli import _demo_model, verify
+from patchpack.testing.catalogue import SPECS
+
+
+def _photo(path, height, width, mode="RGB"):
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 11)], axis=-1)
+    Image.fromarray((127 * (waves + 1)).astype(np.uint8)).convert(mode).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return [_photo(tmp_path / "wide.png", 40, 90), _photo(tmp_path / "tall.jpg", 80, 50, "L")]
+
+
+def _one_line(capsys):
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_info_needs_nothing_but_the_package():
+    code = (
+        "import sys\n"
+        "for name in ('rich', 'PIL', 'matplotlib', 'skimage'): sys.modules[name] = None\n"
+        "from patchpack.__main__ import main\n"
+        "assert main(['info']) == 0\n"
+        "sys.exit(main(['demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2
+    for word in (patchpack.__version__, torch.__version__, *SPECS):
+        assert word in done.stdout
+    assert "native is not available: " in done.stdout or not patchpack.available("rope", "native")
+    assert "pip install 'patchpack[demo]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert {"demo", "info", "plan", "verify"} <= set(capsys.readouterr().out.split())
+
+
+# plan --------------------------------------------------------------------------------------------
+
+
+def test_plan_of_a_square_of_224_pixels(tmp_path, capsys):
+    path = _photo(tmp_path / "square.png", 224, 224)
+    assert main(["plan", "--system", "qwen2_vl", path]) == 0
+    words = capsys.readouterr().out.split()
+    assert {"224x224", "1x16x16", "256", "64", "2"} <= set(words)
+
+    assert main(["plan", path, "--json", "--min-pixels", "200704"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "name": "square",
+            "height": 224,
+            "width": 224,
+            "resized": [448, 448],
+            "grid_thw": [1, 32, 32],
+            "vit_tokens": 1024,
+            "llm_tokens": 256,
+            "markup_tokens": 2,
+        }
+    ]
+
+
+def test_plan_turns_a_photo_as_its_camera_was_held(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("RGB", (280, 140)).save(tmp_path / "held.jpg", exif=exif)
+    assert main(["plan", "--json", str(tmp_path / "held.jpg")]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert (plan["height"], plan["width"]) == (280, 140)
+
+
+@pytest.mark.parametrize("command", [["plan"], ["demo", "--images"]])
+def test_an_image_that_cannot_be_used_is_one_line(command, tmp_path, capsys):
+    text = tmp_path / "notes.png"
+    text.write_text("not an image")
+    thin = _photo(tmp_path / "thin.png", 2, 900)
+    for path, reason in (
+        (tmp_path / "missing.png", "No such file"),
+        (tmp_path, "directory"),
+        (text, "cannot identify image"),
+        (thin, "within a ratio of 200"),
+    ):
+        assert main([*command, str(path)]) == 2
+        line = _one_line(capsys)
+        assert line.startswith(f"patchpack: cannot use {path}: ")
+        assert reason in line
+
+
+# verify ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One small case of one op, and the checks that take no time."""
+    spec = dataclasses.replace(SPECS["rope"], cases={"small": {"sizes": [(1, 2, 3)]}})
+    monkeypatch.setitem(SPECS, "rope", spec)
+    checks = ("accuracy", "strided inputs", "empty input", "opcheck")
+    monkeypatch.setattr(verify, "CHECKS", {name: verify.CHECKS[name] for name in checks})
+    return spec
+
+
+def _verdicts(capsys):
+    report = json.loads(capsys.readouterr().out)
+    return report, {result["check"]: result for result in report["results"]}
+
+
+@pytest.mark.usefixtures("quick")
+def test_verify_reports_every_check(capsys):
+    assert main(["verify", "--op", "rope", "--impl", "triton", "--json"]) == 0
+    report, verdicts = _verdicts(capsys)
+    assert (report["impl"], report["device"]) == ("triton", "cpu")
+    assert all(verdict["passed"] for verdict in verdicts.values())
+    assert verdicts["accuracy"]["cases"] == 3  # one a dtype
+    assert 0 < verdicts["accuracy"]["error"] < 1e-2
+    assert 0 < verdicts["accuracy"]["eager_error"] < 1e-2
+
+    assert main(["verify", "--op", "rope", "--impl", "triton"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("ok" in line.split() for line in lines) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_verify_skips_what_the_reference_does_not_owe(capsys):
+    assert main(["verify", "--op", "rope", "--impl", "reference", "--json"]) == 0
+    _, verdicts = _verdicts(capsys)
+    assert {name: verdict["passed"] for name, verdict in verdicts.items()} == {
+        "accuracy": None,
+        "strided inputs": True,
+        "empty input": True,
+        "opcheck": None,
+    }
+    assert verdicts["opcheck"]["message"] == "the reference is not a registered op"
+
+
+def test_verify_fails_where_an_op_is_wrong(quick, monkeypatch, capsys):
+    def wrong(q, k, cos, sin, **options):
+        return patchpack.rope(q, k, cos, 1.001 * sin, **options)
+
+    monkeypatch.setitem(SPECS, "rope", dataclasses.replace(quick, op=wrong))
+    assert main(["verify", "--op", "rope", "--impl", "triton", "--json"]) == 1
+    _, verdicts = _verdicts(capsys)
+    assert verdicts["accuracy"]["passed"] is False
+    assert "small, torch.float32: output 0: error" in verdicts["accuracy"]["message"]
+    assert verdicts["strided inputs"]["passed"] is True
+
+    assert main(["verify", "--op", "rope", "--impl", "triton"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_verify_says_why_it_cannot(monkeypatch, capsys):
+    monkeypatch.setattr(patchpack, "available", lambda op, impl: "it is not here.")
+    assert main(["verify", "--op", "rope", "--impl", "native"]) == 2
+    assert _one_line(capsys).endswith("impl='native' of rope: it is not here.")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["verify", "--device", "cuda"]) == 2
+    assert "no CUDA device" in _one_line(capsys)
+
+
+# demo --------------------------------------------------------------------------------------------
+
+
+def _demo(photos, out, *options):
+    limits = ("--steps", "2", "--max-pixels", "3136", "--device", "cpu")
+    return main(["demo", "--images", *photos, "--out", str(out), *limits, *options])
+
+
+def test_demo_writes_what_it_found(photos, tmp_path, capsys):
+    assert _demo(photos, tmp_path / "out") == 0
+    document = json.loads((tmp_path / "out/demo.json").read_text())
+    assert document.keys() == {"images", "checks", "loss", "seconds"}
+    assert document["images"][1] == {
+        "name": "tall",
+        "height": 80,
+        "width": 50,
+        "resized": [56, 28],
+        "grid_thw": [1, 4, 2],
+        "vit_tokens": 8,
+        "llm_tokens": 2,
+    }
+    checks = {check["name"]: check for check in document["checks"]}
+    assert checks["loss curve"].keys() == {"name", "error", "eager_error", "passed"}
+    assert all(check["passed"] is True for check in checks.values())
+    model = _demo_model.Restorer("reference")
+    assert {f"grad {name}" for name, _ in model.named_parameters()} <= checks.keys()
+    assert {"vision tokens", "half-resolution tokens", "language-model layer"} <= checks.keys()
+    assert document["loss"].keys() == {"fused", "reference"}
+    for losses in document["loss"].values():
+        assert len(losses) == 2
+        assert losses[1] < losses[0]
+    assert document["seconds"] > 0
+
+    image = np.asarray(Image.open(tmp_path / "out/demo.png").convert("RGB"))
+    assert min(image.shape[:2]) > 500
+    colours = np.unique(image.reshape(-1, 3), axis=0)
+    assert len(colours) > 1000
+
+    printed = capsys.readouterr().out
+    for words in ("wide", "tall", "1x4x2", "grad head.weight", "loss curve", "interpreter"):
+        assert words in printed
+
+
+def test_demo_fails_where_the_fused_path_is_wrong(photos, tmp_path, monkeypatch, capsys):
+    def wrong(q, k, position_ids, *, impl, **options):
+        base = 1e6 if impl == "reference" else 1.001e6
+        return patchpack.mrope(q, k, position_ids, base=base, impl=impl, **options)
+
+    monkeypatch.setattr(_demo_model, "mrope", wrong)
+    assert _demo(photos, tmp_path) == 1
+    checks = json.loads((tmp_path / "demo.json").read_text())["checks"]
+    passed = {check["name"]: check["passed"] for check in checks}
+    assert passed["vision tokens"] is True
+    assert passed["language-model layer"] is False
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--max-pixels", "100"], "max_pixels must be at least"),
+    ],
+)
+def test_demo_refuses_options_that_make_no_sense(options, message, photos, tmp_path, capsys):
+    assert _demo(photos, tmp_path, *options) == 2
+    assert message in _one_line(capsys)

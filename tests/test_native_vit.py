@@ -1,0 +1,195 @@
+"""The encoder as a whole: what it computes, and that it never asks where an image begins."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from patchpack import PackedGrid
+from patchpack.models import NativeViT, NativeViTConfig
+from patchpack.testing.compare import assert_as_accurate
+
+CONFIG = NativeViTConfig(
+    patch_size=4, hidden_size=64, depth=2, num_heads=2, mlp_ratio=2, out_size=24
+)
+SIZES = [(1, 4, 6), (2, 2, 2), (1, 2, 8)]
+
+
+def _model(impl="reference", dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    model = NativeViT(NativeViTConfig(**{**vars(CONFIG), **changes}), impl=impl)
+    for parameter in model.parameters():  # biases and norms too, or their gradients hide faults
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
+
+
+def _images(sizes=SIZES, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(t * h * w, CONFIG.patch_dim, generator=generator).to(dtype) for t, h, w in sizes
+    ]
+
+
+def _results(model, pixels, grid):
+    pixels = pixels.clone().requires_grad_()
+    tokens = model(pixels, grid)
+    tokens.backward(torch.linspace(-1, 1, tokens.numel()).view(tokens.shape).to(tokens.dtype))
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"tokens": tokens.detach(), "pixels": pixels.grad, **grads}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"rope_axes": "paired", "rope_interleaved": True}], ids=["split", "paired"]
+)
+def test_fused_is_as_accurate_as_the_reference(dtype, changes):
+    pixels, grid = torch.cat(_images(dtype=dtype)), PackedGrid(SIZES, 2)
+    fused, eager, oracle = (
+        _model(impl, dtype, **changes) for impl in ("triton", "reference", "reference")
+    )
+    got, baseline = _results(fused, pixels, grid), _results(eager, pixels, grid)
+    want = _results(oracle.double(), pixels.double(), grid)
+    assert len(got) == 2 + len(list(fused.parameters()))
+    for name in want:
+        assert_as_accurate(name, got[name], baseline[name], want[name])
+
+
+def test_impl_may_change_at_any_time():
+    model = _model("triton", torch.float32)
+    pixels, grid = torch.cat(_images(dtype=torch.float32)), PackedGrid(SIZES, 2)
+    fused = model(pixels, grid)
+    model.impl = "reference"
+    torch.testing.assert_close(fused, model(pixels, grid))
+
+
+def test_patch_embedding_is_a_convolution():
+    embed = _model().patch_embed
+    (pixels,) = _images([(1, 3, 5)])
+    window = (CONFIG.in_channels, CONFIG.temporal_patch_size, CONFIG.patch_size, CONFIG.patch_size)
+    want = torch.nn.functional.conv3d(
+        pixels.unflatten(1, window), embed.proj.weight.unflatten(1, window)
+    )
+    torch.testing.assert_close(embed(pixels), want.flatten(1))
+
+
+def test_packed_images_have_the_tokens_they_have_alone():
+    model, images = _model(), _images()
+    alone = [model(x, PackedGrid([size], 2)) for x, size in zip(images, SIZES, strict=True)]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        grid = PackedGrid([SIZES[i] for i in order], 2)
+        packed = model(torch.cat([images[i] for i in order]), grid)
+        torch.testing.assert_close(packed, torch.cat([alone[i] for i in order]))
+
+
+def test_a_frame_attends_to_itself_alone():
+    model, pixels = _model(), torch.cat(_images()).requires_grad_()
+    grid = PackedGrid(SIZES, 2)
+    bounds = grid.cu_seqlens.tolist()
+    tokens = model(pixels, grid)
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        own = tokens[begin // 4 : end // 4].square().sum()
+        (grad,) = torch.autograd.grad(own, pixels, retain_graph=True)
+        touched = grad.abs().sum(dim=1) > 0
+        assert touched[begin:end].all()
+        assert touched.sum() == end - begin
+
+
+def test_a_token_is_a_block_of_neighbours():
+    model = _model(depth=0)
+    grid = PackedGrid([(1, 4, 6)], 2)
+    (pixels,) = _images([(1, 4, 6)])
+    before = model(pixels, grid)
+    block = (grid.position_ids // 2 == torch.tensor([1, 2])).all(dim=1)  # row 1, column 2
+    changed = (model(pixels + block[:, None], grid) - before).abs().sum(dim=1) > 0
+    assert block.sum() == 4
+    assert changed.nonzero().tolist() == [[1 * 3 + 2]]  # raster order
+
+
+def test_position_within_an_image_matters_and_in_the_batch_does_not():
+    model, (pixels,) = _model(), _images([(1, 2, 6)])
+    wide, tall = (model(pixels, PackedGrid([size], 2)) for size in ((1, 2, 6), (1, 6, 2)))
+    assert (wide - tall).abs().max() > 1e-3
+
+
+def test_compiles_once_for_all_lengths():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = _model("triton", torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for sizes in ([(1, 2, 2)] * 2, SIZES, [(1, 4, 4)], [(1, 2, 4)] * 4, [(3, 2, 6), (1, 6, 2)]):
+        pixels, grid = torch.cat(_images(sizes, torch.float32)), PackedGrid(sizes, 2)
+        want = _results(model, pixels, grid)
+        model.zero_grad()
+        got = _results(compiled, pixels, grid)
+        model.zero_grad()
+        for name, x in want.items():
+            torch.testing.assert_close(got[name.removeprefix("_orig_mod.")], x)
+    assert counter.frame_count <= 2
+
+
+def test_reads_no_value_of_a_device():
+    model = _model("triton", torch.float32).to("meta")  # where there is none to read
+    grid = PackedGrid(SIZES, 2).to("meta")
+    tokens = model(torch.empty(grid.num_tokens, CONFIG.patch_dim, device="meta"), grid)
+    assert tokens.shape == (grid.num_tokens // 4, CONFIG.out_size)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_no_images_no_tokens(impl):
+    model = _model(impl, torch.float32)
+    assert model(torch.empty(0, CONFIG.patch_dim), PackedGrid([], 2)).shape == (0, CONFIG.out_size)
+
+
+def test_parameters_keep_their_names():
+    shapes = {name: list(x.shape) for name, x in _model(depth=1).state_dict().items()}
+    assert shapes == {
+        "patch_embed.proj.weight": [64, 3 * 2 * 4 * 4],
+        "blocks.0.norm1.weight": [64],
+        "blocks.0.norm1.bias": [64],
+        "blocks.0.norm2.weight": [64],
+        "blocks.0.norm2.bias": [64],
+        "blocks.0.attn.qkv.weight": [192, 64],
+        "blocks.0.attn.qkv.bias": [192],
+        "blocks.0.attn.proj.weight": [64, 64],
+        "blocks.0.attn.proj.bias": [64],
+        "blocks.0.mlp.fc1.weight": [128, 64],
+        "blocks.0.mlp.fc1.bias": [128],
+        "blocks.0.mlp.fc2.weight": [64, 128],
+        "blocks.0.mlp.fc2.bias": [64],
+        "merger.ln_q.weight": [64],
+        "merger.ln_q.bias": [64],
+        "merger.mlp.0.weight": [256, 256],
+        "merger.mlp.0.bias": [256],
+        "merger.mlp.2.weight": [24, 256],
+        "merger.mlp.2.bias": [24],
+    }
+
+
+def test_defaults_are_the_encoder_of_qwen2_vl():
+    with torch.device("meta"):
+        model = NativeViT(NativeViTConfig())
+    assert model.config.patch_dim == 1176
+    assert sum(x.numel() for x in model.parameters()) == 675_759_104  # of Qwen2-VL-7B's
+
+
+@pytest.mark.parametrize(
+    ("columns", "grid", "message"),
+    [
+        (95, PackedGrid(SIZES, 2), r"pixels must have shape \[\*, 96\], got \[48, 95\]"),
+        (96, PackedGrid(SIZES[:1], 2), r"pixels must have the 24 tokens of grid, got \[48, 96\]"),
+        (96, PackedGrid(SIZES), r"grid must have spatial_merge_size=2, got 1"),
+    ],
+)
+def test_rejects_what_does_not_fit(columns, grid, message):
+    with pytest.raises(ValueError, match=message):
+        _model()(torch.zeros(48, columns), grid)
+
+
+def test_rejects_heads_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"hidden_size must divide by 4 \* num_heads = 12, got 64"):
+        NativeViTConfig(hidden_size=64, num_heads=3)
+
+
+def test_impl_that_is_not_available_is_refused():
+    pixels, grid = torch.cat(_images(dtype=torch.float32)), PackedGrid(SIZES, 2)
+    with pytest.raises(ValueError, match="impl='fastest'|impl must be"):
+        _model("fastest", torch.float32)(pixels, grid)
