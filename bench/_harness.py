@@ -52,8 +52,9 @@ class Bench:
     ``shapes`` maps a name to keyword arguments of ``make_inputs(dtype, device, **shape)``, which
     gives those of the op; ``tiny`` is one more, to try the file out. ``bytes_moved`` and ``flops``
     count the least work of the forward pass, or with ``backward=True`` of both passes. ``bound``
-    names what limits the op, ``"copy"`` or ``"matmul"``. ``peers`` are other ways to compute it:
-    functions that take the inputs and prepare a function of the op's keyword arguments.
+    names what limits the op, ``"copy"`` or ``"matmul"``. ``peers`` are other ways to compute it,
+    beside ``_providers`` or in their place: functions that take the inputs and prepare a function
+    of the op's keyword arguments.
     """
 
     op: str

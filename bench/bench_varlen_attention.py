@@ -37,6 +37,10 @@ def _flops(inputs: Inputs, backward: bool) -> int:
     return (7 if backward else 2) * 2 * pairs * num_heads * head_dim
 
 
+def _compiled(inputs: Inputs) -> Provider:
+    raise UnavailableError("it would unroll the loop over segments and compile for minutes")
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """``[B, T, H, D]``"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -138,6 +142,7 @@ BENCH = Bench(
     flops=_flops,
     bound="matmul",
     peers={
+        "reference, compiled": _compiled,
         "SDPA loop": _sdpa_loop,
         "SDPA of a batch": _sdpa_batch,
         "FlexAttention": _flex_attention,

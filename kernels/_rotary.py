@@ -154,6 +154,7 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
         BLOCK_I=block_i,
         BLOCK_PASS=triton.next_power_of_2(max(head_dim - 2 * num_pairs, 1)),
         num_warps=4,
+        enable_fp_fusion=True,
         **constants,
     )
     return q_out, k_out

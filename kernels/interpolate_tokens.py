@@ -194,7 +194,8 @@ def _resize_kernel(
         num_x = tl.max(count_x)
 
     UNROLL: tl.constexpr = max(NUM_TAPS, 1)
-    acc = tl.full((BLOCK_T, BLOCK_C), float("-inf") if MODE == "max" else 0.0, tl.float32)
+    START: tl.constexpr = float("-inf") if MODE == "max" else 0.0
+    acc = tl.full((BLOCK_T, BLOCK_C), START, tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     argmax = tl.broadcast_to(
         cell_to_token(first_y, first_x, cols, MERGE)[:, None], (BLOCK_T, BLOCK_C)
@@ -214,9 +215,9 @@ def _resize_kernel(
                 inside = mask & (weight != 0.0)[:, None]
             token = cell_to_token(tap_y, tap_x, cols, MERGE)
             x_ptrs = x_ptr + ((start + token) * stride_x_t * STRIDE_UNIT)[:, None] + offs_c[None, :]
-            x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptrs, mask=inside, other=START).to(tl.float32)
             if MODE == "max":  # the first one wins, and NaN wins over numbers
-                wins = inside & ((x > acc) | (x != x))
+                wins = (x > acc) | (x != x)
                 acc = tl.where(wins, x, acc)
                 argmax = tl.where(wins, token[:, None], argmax)
             else:
@@ -385,7 +386,7 @@ def _launch(
     align_corners: bool,
     antialias: bool,
 ) -> None:
-    """Launch ``kernel`` on tiles of ``out`` of 8 KiB or less."""
+    """Launch ``kernel`` on tiles of at most 4096 elements of ``out``."""
     if out.numel() == 0:
         return
     num_tokens, num_channels = out.shape
@@ -394,7 +395,7 @@ def _launch(
     unit = 8 if x.stride(0) % 8 == 0 else 1
     block_c = min(triton.next_power_of_2(num_channels), 128)
     wide = x.element_size() == 4 or saved.dtype == torch.int32
-    block_t = min((2048 if wide else 4096) // block_c, 128)
+    block_t = min(4096 // block_c, 128)
     kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_channels, block_c),)](
         x,
         geometry,
@@ -416,5 +417,5 @@ def _launch(
         STRIDE_UNIT=unit,
         BLOCK_T=block_t,
         BLOCK_C=block_c,
-        num_warps=4,
+        num_warps=8 if wide else 4,
     )

@@ -7,7 +7,7 @@ before its details.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,14 +157,3 @@ def differentiate(model: Restorer, batch: Batch) -> dict[str, Tensor]:
         assert parameter.grad is not None, f"no gradient for {name}"
         results[f"grad {name}"] = parameter.grad
     return results
-
-
-def train(model: Restorer, batch: Batch, steps: int) -> Iterator[float]:
-    """The loss before each of ``steps`` steps of AdamW."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        loss = model(batch.visible(), batch)["loss"]
-        loss.backward()
-        optimiser.step()
-        yield loss.item()

@@ -211,8 +211,9 @@ def _positions(axes: Axes, strip: Axes, batch: Batch) -> None:
 
 def _losses(axes: Axes, loss: dict[str, Sequence[float]]) -> None:
     apart = max(abs(a - b) for a, b in zip(loss["fused"], loss["reference"], strict=True))
-    axes.plot(loss["reference"], color=REFERENCE, lw=7, alpha=0.6, label="reference")
-    axes.plot(loss["fused"], "o-", color=FUSED, lw=1.4, ms=4, label="fused")
+    steps = range(1, len(loss["fused"]) + 1)
+    axes.plot(steps, loss["reference"], color=REFERENCE, lw=7, alpha=0.6, label="reference")
+    axes.plot(steps, loss["fused"], "o-", color=FUSED, lw=1.4, ms=4, label="fused")
     axes.set(xlabel=f"AdamW step; the curves are at most {apart:.1e} apart")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color=PAPER)

@@ -220,8 +220,93 @@ _MROPE = Spec(
 )
 
 
+# ------------------------------------------------------------------------------- varlen_attention
+
+
+def _attention_images(
+    sizes, dtype, device, seed, heads=(2, 2), head_dim=64, keys=None, padding=0, **options
+) -> list[Inputs]:
+    """``keys`` is the ratio of keys to queries; the last image gets ``padding`` rows of NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    num_q_heads, num_k_heads = heads
+    images = []
+    for t, h, w in sizes:
+        queries = torch.tensor([0, *[h * w] * t], dtype=torch.int32)
+        seen = queries if keys is None else (queries * keys).int()
+        shapes = {
+            "q": (int(queries.sum()), num_q_heads, head_dim),
+            "k": (int(seen.sum()), num_k_heads, head_dim),
+            "v": (int(seen.sum()), num_k_heads, head_dim),
+        }
+        image = {n: _random(generator, *s, dtype=dtype, device=device) for n, s in shapes.items()}
+        image["cu_seqlens_q"] = queries.cumsum(0, dtype=torch.int32).to(device)
+        if keys is not None:
+            image["cu_seqlens_k"] = seen.cumsum(0, dtype=torch.int32).to(device)
+        images.append(image | options)
+    if padding:
+        for name in ("q", "k", "v"):
+            rows = images[-1][name].new_full((padding, *images[-1][name].shape[1:]), float("nan"))
+            images[-1][name] = torch.cat([images[-1][name], rows])
+    return images
+
+
+def _pack_attention(images: Sequence[Inputs]) -> Inputs:
+    packed = _pack(images, along={"q": 0, "k": 0, "v": 0})
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        if name in packed:
+            lengths = torch.cat([image[name].diff() for image in images])
+            packed[name] = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return packed
+
+
+_VARLEN_ATTENTION = Spec(
+    op=patchpack.varlen_attention,
+    reference=reference.varlen_attention,
+    make_images=_attention_images,
+    pack=_pack_attention,
+    cases={
+        "Qwen2-VL": {"sizes": [(1, 8, 8), (2, 3, 5), (1, 1, 1)], "head_dim": 80},
+        "lse": {"sizes": [(1, 5, 5), (1, 9, 8)], "return_lse": True},
+        "SigLIP": {"sizes": [(1, 10, 13), (1, 4, 4)], "head_dim": 72},
+        "causal, GQA": {
+            "sizes": [(1, 9, 9), (1, 2, 5)],
+            "heads": (4, 1),
+            "head_dim": 128,
+            "causal": True,
+        },
+        "window": {"sizes": [(1, 11, 12), (1, 3, 3)], "window_size": (20, 9), "head_dim": 32},
+        "causal window": {
+            "sizes": [(1, 11, 12), (1, 3, 3)],
+            "window_size": (17, 0),
+            "causal": True,
+            "head_dim": 96,
+        },
+        "more keys than queries": {
+            "sizes": [(1, 6, 6), (2, 2, 3)],
+            "keys": 2.5,
+            "heads": (2, 1),
+            "causal": True,
+        },
+        "fewer keys than queries": {
+            "sizes": [(1, 6, 6), (1, 1, 1), (1, 7, 8)],
+            "keys": 0.5,
+            "causal": True,
+            "return_lse": True,
+            "head_dim": 48,
+        },
+        "rows past the end": {"sizes": [(1, 7, 9), (1, 2, 2)], "padding": 70, "return_lse": True},
+        "tile bounds": {"sizes": [(1, 1, n) for n in (1, 2, 17, 127, 128, 129)], "head_dim": 16},
+        "empty segments": {"sizes": [(2, 0, 1), (1, 4, 4), (1, 0, 1), (1, 1, 3), (1, 0, 1)]},
+        "scale": {"sizes": [(1, 8, 5)], "softmax_scale": 0.3, "head_dim": 88},
+        "many images": {"sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(40)], "head_dim": 32},
+    },
+    grads=("q", "k", "v"),
+)
+
+
 SPECS: dict[str, Spec] = {
     "rope": _ROPE,
     "rope_2d": _ROPE_2D,
     "mrope": _MROPE,
+    "varlen_attention": _VARLEN_ATTENTION,
 }
