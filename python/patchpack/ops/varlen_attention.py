@@ -91,7 +91,8 @@ def varlen_attention(
             raise TypeError(f"{name} must be an int or None, got {type(length).__name__}")
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
-    _check.positive("softmax_scale", softmax_scale)
+    else:
+        _check.positive("softmax_scale", softmax_scale)
     left, right = _check.window("window_size", window_size)
     if impl == "reference":
         return reference.varlen_attention(

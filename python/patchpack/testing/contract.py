@@ -40,6 +40,11 @@ class Subject:
         options = {**self.spec.cases[self.case], **changes}
         return self.spec.make_images(dtype=self.dtype, device=self.device, seed=seed, **options)
 
+    @property
+    def without_padding(self) -> Inputs:
+        """Changes to the case that leave out rows that belong to no image."""
+        return {"padding": 0} if "padding" in self.spec.cases[self.case] else {}
+
     def inputs(self, **changes) -> Inputs:
         return self.spec.pack(self.images(**changes))
 
@@ -175,7 +180,7 @@ def _poisoned_allocations() -> Iterator[None]:
 
 def check_empty(subject: Subject) -> None:
     """No tokens in, no tokens out, and gradients of the right shape."""
-    inputs = subject.inputs(sizes=[(0, 0, 0)])
+    inputs = subject.inputs(sizes=[(0, 0, 0)], **subject.without_padding)
     got = differentiate(subject, inputs, subject.spec.grads)
     want = differentiate(lambda x: subject.spec.reference(**x), inputs, subject.spec.grads)
     _all_equal(got, want)
@@ -184,8 +189,7 @@ def check_empty(subject: Subject) -> None:
 
 def check_packed(subject: Subject) -> None:
     """A packed batch has the bits of its images one by one, and permuting images permutes it."""
-    padded = "padding" in subject.spec.cases[subject.case]
-    images = subject.images(**({"padding": 0} if padded else {}))  # padding is no image's
+    images = subject.images(**subject.without_padding)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1)).tolist()
     for batch in (images, [images[i] for i in order]):
         packed = _run_forward(subject, subject.spec.pack(batch))

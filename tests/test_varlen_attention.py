@@ -1,0 +1,373 @@
+"""``varlen_attention``: invariants, hand-computed and original values, messages, compiled code."""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchpack import reference, varlen_attention
+from patchpack.kernels import varlen_attention as kernels
+from patchpack.testing import compiled
+from patchpack.testing.compare import assert_as_accurate
+from patchpack.testing.contract import differentiate
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
+IMPLS = ("reference", "triton")
+
+
+def golden(function):
+    (case,) = (case for case in GOLDEN if case["function"] == function)
+    return case
+
+
+def wave(function, step, *shape, shift=0.0):
+    """``function(step * i + shift)`` over the flat index ``i``, as the golden cases define it."""
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    return function(step * index + shift).float().reshape(shape)
+
+
+def bounds(*lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def heads(num_tokens, num_heads=2, head_dim=32, dtype=torch.float32):
+    return torch.randn(num_tokens, num_heads, head_dim).to(dtype)
+
+
+def gradients(impl, grad_out, grad_lse, q, k, v, *cu_seqlens, **options):
+    """Output, lse and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = varlen_attention(*leaves, *cu_seqlens, return_lse=True, impl=impl, **options)
+    grads = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
+    return out.detach(), lse.detach(), *grads
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_golden_qwen2_vl(impl):
+    case, gradient = golden("varlen_attention"), golden("varlen_attention_bwd")
+    q = wave(torch.sin, 0.7, 10, 2, 4).requires_grad_()
+    k = wave(torch.cos, 0.3, 10, 2, 4).requires_grad_()
+    v = wave(torch.sin, 0.2, 10, 2, 4, shift=1.0).requires_grad_()
+    cu_seqlens = torch.tensor(case["inputs"]["cu_seqlens"], dtype=torch.int32)
+    out = varlen_attention(q, k, v, cu_seqlens, impl=impl)
+    out.backward(wave(torch.sin, 0.11, 10, 2, 4))
+    for got, want in (
+        (out, case["outputs"]["out"]),
+        (q.grad, gradient["outputs"]["dq"]),
+        (k.grad, gradient["outputs"]["dk"]),
+        (v.grad, gradient["outputs"]["dv"]),
+    ):
+        torch.testing.assert_close(got.flatten(1), torch.tensor(want), rtol=0, atol=case["tol"])
+
+
+# which keys a query of a segment with ``n`` queries and ``m`` keys sees, by hand
+MASKS = [
+    ({}, 3, 3, ["###", "###", "###"]),
+    ({"causal": True}, 3, 3, ["#..", "##.", "###"]),
+    ({"causal": True}, 2, 4, ["###.", "####"]),
+    ({"causal": True}, 4, 2, ["..", "..", "#.", "##"]),
+    ({"window_size": (1, 0)}, 4, 4, ["#...", "##..", ".##.", "..##"]),
+    ({"window_size": (0, 1)}, 3, 3, ["##.", ".##", "..#"]),
+    ({"window_size": (0, 0)}, 2, 4, ["..#.", "...#"]),
+    ({"window_size": (-1, 1)}, 3, 4, ["###.", "####", "####"]),
+    ({"window_size": (1, -1)}, 3, 3, ["###", "###", ".##"]),
+    ({"window_size": (1, 5), "causal": True}, 3, 3, ["#..", "##.", ".##"]),
+    ({"window_size": (0, 0)}, 3, 1, [".", ".", "#"]),
+    ({}, 2, 0, ["", ""]),
+    ({"causal": True}, 0, 2, []),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("options", "len_q", "len_k", "mask"), MASKS)
+def test_equal_keys_give_the_mean_of_the_values_that_are_seen(options, len_q, len_k, mask, impl):
+    seen = torch.tensor([[c == "#" for c in row] for row in mask]).reshape(len_q, len_k)
+    # a segment on either side, of one query and one key
+    cu_seqlens_q, cu_seqlens_k = bounds(1, len_q, 1), bounds(1, len_k, 1)
+    q, k = heads(len_q + 2), torch.zeros(len_k + 2, 2, 32)
+    v = heads(len_k + 2)
+    out, lse = varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, impl=impl, **options
+    )
+    count = seen.sum(dim=1)
+    mean = torch.einsum("ij,jhd->ihd", seen / count.clamp(min=1)[:, None], v[1:-1])
+    torch.testing.assert_close(out, torch.cat([v[:1], mean, v[-1:]]))
+    want = torch.cat([torch.zeros(1), count.log(), torch.zeros(1)])
+    torch.testing.assert_close(lse, want.expand(2, -1))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (70, 3)}], ids=str)
+def test_long_masks_are_those_of_the_reference(options):
+    cu_seqlens_q, cu_seqlens_k = bounds(150, 40, 129), bounds(131, 200, 64)
+    q, k, v = heads(319, 1, 16), torch.zeros(395, 1, 16), heads(395, 1, 16)
+    got, want = (
+        varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, impl=i, **options)
+        for i in ("triton", "reference")
+    )
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [1, 8, 20, 33, 64, 72, 80, 88, 96, 104, 120, 128])
+def test_any_head_size_is_as_accurate_as_eager(head_dim, dtype):
+    inputs = {
+        "q": heads(33, 2, head_dim, dtype),
+        "k": heads(33, 1, head_dim, dtype),
+        "v": heads(33, 1, head_dim, dtype),
+        "cu_seqlens_q": bounds(3, 30),
+        "return_lse": True,
+    }
+    names = ("q", "k", "v")
+    actual = differentiate(lambda x: varlen_attention(**x, impl="triton"), inputs, names)
+    eager = differentiate(lambda x: reference.varlen_attention(**x), inputs, names)
+    oracle = differentiate(lambda x: reference.varlen_attention(**x), inputs, names, torch.float64)
+    for name in actual:
+        assert_as_accurate(name, actual[name], eager[name], oracle[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_vector_added_to_every_key_of_a_segment_changes_lse_alone(impl):
+    cu_seqlens = bounds(9, 70)
+    q, k, v = heads(79), heads(79), heads(79)
+    shift = torch.cat([torch.randn(1, 2, 32).expand(9, 2, 32), torch.zeros(70, 2, 32)])
+    out, lse = varlen_attention(q, k, v, cu_seqlens, return_lse=True, softmax_scale=0.1, impl=impl)
+    shifted_out, shifted_lse = varlen_attention(
+        q, k + shift, v, cu_seqlens, return_lse=True, softmax_scale=0.1, impl=impl
+    )
+    torch.testing.assert_close(shifted_out, out)
+    torch.testing.assert_close(shifted_lse, lse + 0.1 * (q * shift).sum(dim=2).T)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_order_of_keys_does_not_matter(impl):
+    q, k, v = heads(100), heads(100), heads(100)
+    order = torch.cat([torch.randperm(30), 30 + torch.randperm(70)])
+    out = varlen_attention(q, k, v, bounds(30, 70), impl=impl)
+    permuted = varlen_attention(q, k[order], v[order], bounds(30, 70), impl=impl)
+    torch.testing.assert_close(permuted, out)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_group_of_heads_shares_its_keys(impl):
+    q, k, v = heads(50, 6), heads(50, 2), heads(50, 2)
+    grad_out, grad_lse = torch.randn_like(q), torch.randn(6, 50)
+    cu_seqlens = bounds(20, 30)
+    repeated = [x.repeat_interleave(3, dim=1) for x in (k, v)]
+    got = gradients(impl, grad_out, grad_lse, q, k, v, cu_seqlens)
+    want = gradients(impl, grad_out, grad_lse, q, *repeated, cu_seqlens)
+    for x, y in zip(got[:3], want[:3], strict=True):
+        assert torch.equal(x, y)
+    for x, y in zip(got[3:], want[3:], strict=True):
+        torch.testing.assert_close(x, y.unflatten(1, (2, 3)).sum(dim=2))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (9, 9)}], ids=str)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_rows_past_the_end_do_not_exist(options, poison, impl):
+    cu_seqlens_q, cu_seqlens_k = bounds(5, 64, 3), bounds(8, 60, 2)
+    q, k, v = heads(72, 4), heads(70), heads(70)
+    grad_out, grad_lse = torch.randn_like(q), torch.randn(4, 72)
+    want = gradients(
+        impl, grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, **options
+    )
+    pad = torch.nn.functional.pad
+    padded = [pad(x, (0, 0, 0, 0, 0, n), value=poison) for x, n in ((q, 90), (k, 3), (v, 3))]
+    got = gradients(
+        impl,
+        pad(grad_out, (0, 0, 0, 0, 0, 90), value=poison),
+        pad(grad_lse, (0, 90), value=poison),
+        *padded,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        **options,
+    )
+    fills = (0, -math.inf, 0, 0, 0)
+    for x, y, fill in zip(got, want, fills, strict=True):
+        axis = 1 if x.shape[0] == 4 else 0
+        n = y.shape[axis]
+        assert torch.equal(x.narrow(axis, 0, n), y)
+        assert (x.narrow(axis, n, x.shape[axis] - n) == fill).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_segment_does_not_see_what_its_neighbours_hold(impl):
+    cu_seqlens = bounds(60, 10, 70)
+    q, k, v = heads(140), heads(140), heads(140)
+    grad_out, grad_lse = torch.randn_like(q), torch.randn(2, 140)
+    want = gradients(impl, grad_out, grad_lse, q, k, v, cu_seqlens)
+    poisoned = [x.clone() for x in (grad_out, q, k, v)]
+    for x in poisoned:
+        x[60:70] = math.nan
+    got = gradients(impl, poisoned[0], grad_lse, *poisoned[1:], cu_seqlens)
+    for x, y in zip(got, want, strict=True):
+        x, y = (z.T if z.ndim == 2 else z for z in (x, y))
+        assert x[60:70].isnan().any()
+        assert torch.equal(x[:60], y[:60])
+        assert torch.equal(x[70:], y[70:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_queries_without_keys_give_nothing(impl):
+    cu_seqlens_q, cu_seqlens_k = bounds(70, 4, 2), bounds(3, 0, 2)
+    q, k, v = heads(76), heads(5), heads(5)
+    grad_out, grad_lse = torch.randn_like(q), torch.randn(2, 76)
+    out, lse, *grads = gradients(
+        impl, grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True
+    )
+    alone = torch.tensor([True] * 67 + [False] * 3 + [True] * 4 + [False] * 2)
+    assert (out[alone] == 0).all()
+    assert (lse[:, alone] == -math.inf).all()
+    assert (grads[0][alone] == 0).all()
+    assert out[~alone].ne(0).all()
+    assert lse[:, ~alone].isfinite().all()
+    assert all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_keys_without_queries_get_no_gradient(impl):
+    q, k, v = heads(3), heads(70), heads(70)
+    *_, grad_k, grad_v = gradients(
+        impl, torch.randn_like(q), torch.randn(2, 3), q, k, v, bounds(0, 3, 0), bounds(64, 4, 2)
+    )
+    for grad in (grad_k, grad_v):
+        assert (grad[:64] == 0).all()
+        assert grad[64:68].ne(0).all()
+        assert (grad[68:] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_either_result_alone_can_be_differentiated(impl):
+    q, k, v = (x.requires_grad_() for x in (heads(20), heads(20), heads(20)))
+    out, lse = varlen_attention(q, k, v, bounds(9, 11), return_lse=True, impl=impl)
+    of_both = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v), retain_graph=True)
+    of_out = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    of_lse = torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True)
+    # d lse / d q is the mean key, weighted by the attention: the output with keys for values
+    mean_key = varlen_attention(q, k, k, bounds(9, 11), impl=impl) * 32**-0.5
+    torch.testing.assert_close(of_lse[0], mean_key)
+    assert of_lse[2] is None or (of_lse[2] == 0).all()
+    torch.testing.assert_close(of_both[0], of_out[0] + of_lse[0])
+    torch.testing.assert_close(of_both[1], of_out[1] + of_lse[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_segments_at_all(impl):
+    q = heads(5)
+    out, lse, *grads = gradients(
+        impl, torch.ones_like(q), torch.ones(2, 5), q, q, q, torch.zeros(1, dtype=torch.int32)
+    )
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    assert all((x == 0).all() for x in grads)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_views_of_one_buffer_and_strided_heads(impl):
+    qkv = torch.randn(40, 3, 2, 72)
+    cu_seqlens = bounds(17, 23)
+    want = varlen_attention(*(x.contiguous() for x in qkv.unbind(1)), cu_seqlens, impl=impl)
+    assert torch.equal(varlen_attention(*qkv.unbind(1), cu_seqlens, impl=impl), want)
+    strided = qkv.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    assert strided.stride(-1) != 1
+    assert torch.equal(varlen_attention(*strided.unbind(1), cu_seqlens, impl=impl), want)
+    every_other = torch.stack([cu_seqlens, cu_seqlens], dim=1)[:, 0]
+    assert torch.equal(varlen_attention(*qkv.unbind(1), every_other, impl=impl), want)
+
+
+def test_what_other_libraries_need_is_accepted():
+    q, cu_seqlens = heads(7), bounds(3, 4)
+    want = varlen_attention(q, q, q, cu_seqlens, impl="triton")
+    got = varlen_attention(q, q, q, cu_seqlens, cu_seqlens, 4, 4, impl="triton")
+    assert torch.equal(got, want)
+
+
+Q, CU = torch.zeros(6, 4, 16), bounds(2, 4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": Q[0]}, ValueError, r"q must have shape \[\*, \*, \*\], got \[4, 16\]"),
+        ({"q": Q.int()}, TypeError, r"q must be float32 .*, got int32"),
+        ({"k": Q[..., :8]}, ValueError, r"k must have shape \[\*, \*, 16\], got \[6, 4, 8\]"),
+        ({"k": Q.half()}, TypeError, r"k must have the dtype of q, torch.float32, got torch.float"),
+        ({"k": Q[:, :3], "v": Q[:, :3]}, ValueError, r"k must have heads that divide q's 4, got 3"),
+        ({"k": Q[:, :0], "v": Q[:, :0]}, ValueError, r"k must have heads that divide q's 4, got 0"),
+        ({"v": Q[:, :2]}, ValueError, r"v must have shape \[6, 4, 16\], got \[6, 2, 16\]"),
+        ({"v": Q.to("meta")}, ValueError, r"v must be on the device of q, cpu, got meta"),
+        ({"k": Q[:5], "v": Q[:5]}, ValueError, r"cu_seqlens_k must be given .*got 5 and 6"),
+        ({"cu_seqlens_q": CU.long()}, TypeError, r"cu_seqlens_q must be int32, got int64"),
+        ({"cu_seqlens_q": CU.tolist()}, TypeError, r"cu_seqlens_q must be a tensor, got list"),
+        ({"cu_seqlens_q": CU[None]}, ValueError, r"cu_seqlens_q must have shape \[\*\], got \[1,"),
+        ({"cu_seqlens_q": CU[:0]}, ValueError, r"cu_seqlens_q must hold at least the 0"),
+        ({"cu_seqlens_q": CU.to("meta")}, ValueError, r"cu_seqlens_q must be on the device of q"),
+        ({"cu_seqlens_k": CU[:2]}, ValueError, r"cu_seqlens_k must have shape \[3\], got \[2\]"),
+        ({"cu_seqlens_k": CU.long()}, TypeError, r"cu_seqlens_k must be int32, got int64"),
+        ({"max_seqlen_q": 4.0}, TypeError, r"max_seqlen_q must be an int or None, got float"),
+        ({"max_seqlen_k": CU}, TypeError, r"max_seqlen_k must be an int or None, got Tensor"),
+        ({"softmax_scale": 0.0}, ValueError, r"softmax_scale must be above 0, got 0.0"),
+        ({"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number, got '1'"),
+        ({"window_size": (4, -2)}, ValueError, r"window_size must be two integers of -1 or more"),
+        ({"window_size": (4,)}, ValueError, r"window_size must be two integers .*got \(4,\)"),
+        ({"window_size": 4}, TypeError, r"window_size must be a list or tuple of integers, got 4"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message, impl):
+    arguments = {"q": Q, "k": Q, "v": Q, "cu_seqlens_q": CU, **change}
+    with pytest.raises(error, match=message):
+        varlen_attention(**arguments, impl=impl)
+
+
+@pytest.mark.parametrize("head_dim", [0, 129, 256])
+def test_a_head_size_out_of_range_is_named(head_dim):
+    q = torch.zeros(6, 1, head_dim)
+    with pytest.raises(ValueError, match=rf"q must have a head size from 1 to 128, got {head_dim}"):
+        varlen_attention(q, q, q, CU)
+
+
+def launches_of(target, head_dim, dtype=torch.bfloat16, lengths=(70, 0, 40), **options):
+    """What the forward and the backward pass launch, on views of one qkv buffer."""
+    qkv = torch.zeros(sum(lengths) + 3, 3, 4, head_dim, dtype=dtype)
+    q, k, v = qkv.unbind(1)
+    q = q.requires_grad_()
+    with compiled.session(target) as launches:
+        varlen_attention(q, k, v, bounds(*lengths), impl="triton", **options).sum().backward()
+    return launches
+
+
+def test_the_launches_follow_from_the_numbers_of_tokens_and_segments():
+    launches = launches_of("sm_90", 64)
+    assert [launch.kernel for launch in launches] == [
+        "_attend_fwd_kernel",
+        "_attend_bwd_dq_kernel",
+        "_attend_bwd_dkv_kernel",
+    ]
+    assert all(launch.grid[1:] == (4, 1) for launch in launches)
+    # 113 rows in tiles of 64, and one for each of 3 segments and what lies past them
+    assert all(launch.grid[0] == 113 // 64 + 3 + 1 for launch in launches)
+
+
+def matrix_flops(launch):
+    """Multiplications on tensor cores in the code, by the shapes that opcodes name."""
+    total = 0
+    for opcode, count in launch.opcodes.items():
+        if shape := re.match(r"HMMA\.(16)(8)(\d+)\.|HGMMA\.(64)x(\d+)x(\d+)\.", opcode):
+            total += math.prod(int(n) for n in shape.groups() if n) * count * launch.num_warps
+    return total
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("head_dim", [72, 80, 96])
+def test_no_matrix_product_is_spent_on_padding(target, head_dim, monkeypatch):
+    split = [matrix_flops(launch) for launch in launches_of(target, head_dim)]
+    monkeypatch.setattr(kernels, "_pieces", lambda _: (128, 0))
+    padded = [matrix_flops(launch) for launch in launches_of(target, head_dim)]
+    needed = -(-head_dim // 16) * 16
+    assert all(split)
+    assert [n * 128 for n in split] == [n * needed for n in padded]
