@@ -43,13 +43,17 @@ def show(results: list[dict], console: Console) -> None:
         stats, info = result["stats"], result["extra_info"]
         table.add_row(
             result["name"],
-            f"{stats['median'] * 1e3:.3f}",
-            f"{stats['q1'] * 1e3:.3f} to {stats['q3'] * 1e3:.3f}",
+            _milliseconds(stats["median"]),
+            f"{_milliseconds(stats['q1'])} to {_milliseconds(stats['q3'])}",
             f"{info['gb_per_s']:.1f}",
             f"{info['gflop_per_s']:.1f}",
             f"{info['of_limit']:.0%} of {info['limit']}",
         )
     console.print(table)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
 def plot(path: Path) -> None:

@@ -4,7 +4,7 @@ All modes are one formula. An axis has integers ``slope``, ``offset`` and ``unit
 ``o`` looks at the coordinate ``(slope * o + offset) / unit`` of the input. Input ``i`` is then
 ``i * unit - (slope * o + offset)`` away from it, and its weight is a function of this distance that
 is zero from some ``reach`` on. Solved for ``i``, that is what an output reads; solved for ``o``, it
-is where the gradient of an input comes from. Distances are exact.
+is who reads an input, where its gradient comes from. Coordinates and distances are exact.
 """
 
 import torch
@@ -69,7 +69,7 @@ def _weight(distance, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
 
 @triton.jit
 def _span(center, size, step, count, MODE: tl.constexpr):
-    """First of ``count`` multiples of ``step`` to weigh something at ``center``, and how many do."""
+    """First multiple of ``step`` within reach of ``center``, and how many of ``count`` are."""
     reach = size
     if MODE == "bicubic":
         reach = 2 * size
@@ -129,7 +129,7 @@ def _entry(
 
 @triton.jit
 def _locate(tokens, geometry_ptr, other_geometry_ptr, num_grids, search_steps, MERGE: tl.constexpr):
-    """Where tokens are: in-frame index, cell, sizes here and there, first token of the frame there."""
+    """Place of tokens in their frame, its sizes here and there, and its first token there."""
     grid = find_grid(geometry_ptr, num_grids, search_steps, tokens)
     rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
     cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
@@ -193,9 +193,10 @@ def _resize_kernel(
         num_y = tl.max(count_y)
         num_x = tl.max(count_x)
 
+    x_ptrs = x_ptr + start * stride_x_t * STRIDE_UNIT
     UNROLL: tl.constexpr = max(NUM_TAPS, 1)
-    START: tl.constexpr = float("-inf") if MODE == "max" else 0.0
-    acc = tl.full((BLOCK_T, BLOCK_C), START, tl.float32)
+    LEAST: tl.constexpr = float("-inf") if MODE == "max" else 0.0
+    acc = tl.full((BLOCK_T, BLOCK_C), LEAST, tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     argmax = tl.broadcast_to(
         cell_to_token(first_y, first_x, cols, MERGE)[:, None], (BLOCK_T, BLOCK_C)
@@ -203,19 +204,20 @@ def _resize_kernel(
     for ky in range(num_y):
         weight_y = _weight(distance_y + ky * unit_y, size_y, MODE, ANTIALIAS)
         tap_y = first_y + ky
+        if NUM_TAPS > 0:  # what lies past a border is the border
+            tap_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
         for kx in tl.range(0, num_x, loop_unroll_factor=UNROLL):
             weight = weight_y * _weight(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
             tap_x = first_x + kx
-            inside = mask
-            if NUM_TAPS > 0:  # what lies past a border is the border
-                tap_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
+            if NUM_TAPS > 0:
                 tap_x = tl.minimum(tl.maximum(tap_x, 0), cols - 1)
-            else:  # is nothing
+                inside = mask
+            else:
                 weight = tl.where((tap_y < rows) & (tap_x < cols), weight, 0.0)
-                inside = mask & (weight != 0.0)[:, None]
+                inside = mask & (weight[:, None] != 0.0)
             token = cell_to_token(tap_y, tap_x, cols, MERGE)
-            x_ptrs = x_ptr + ((start + token) * stride_x_t * STRIDE_UNIT)[:, None] + offs_c[None, :]
-            x = tl.load(x_ptrs, mask=inside, other=START).to(tl.float32)
+            taps = x_ptrs + token.to(tl.int64) * stride_x_t * STRIDE_UNIT
+            x = tl.load(taps[:, None] + offs_c[None, :], mask=inside, other=LEAST).to(tl.float32)
             if MODE == "max":  # the first one wins, and NaN wins over numbers
                 wins = (x > acc) | (x != x)
                 acc = tl.where(wins, x, acc)
@@ -294,13 +296,12 @@ def _resize_bwd_kernel(
                 ANTIALIAS, NUM_TAPS,
             )  # fmt: skip
             weight = tl.where(out_x < out_cols, weight_y * weight_x, 0.0)
-            reads = weight != 0.0
-            mask = reads[:, None] & mask_c
             token = start + cell_to_token(out_y, out_x, out_cols, TARGET_MERGE)
             grad_ptrs = grad_ptr + (token * stride_grad_t * STRIDE_UNIT)[:, None] + offs_c[None, :]
-            grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
             if NORMALISED:
-                weight *= tl.load(saved_ptr + token, mask=reads, other=0.0)
+                weight *= tl.load(saved_ptr + token, mask=weight != 0.0, other=0.0)
+            mask = (weight[:, None] != 0.0) & mask_c
+            grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
             if MODE == "max":
                 argmax_ptrs = saved_ptr + (token * NUM_CHANNELS)[:, None] + offs_c[None, :]
                 argmax = tl.load(argmax_ptrs, mask=mask, other=-1)
@@ -322,25 +323,14 @@ def resize(
     align_corners: bool,
     antialias: bool,
 ) -> tuple[Tensor, Tensor]:
-    normalised = antialias or mode == "area"
+    options = (spatial_merge_size, target_merge_size, mode, align_corners, antialias)
     out = x.new_empty(num_tokens, x.shape[1])
     if mode == "max":
         saved = x.new_empty(out.shape, dtype=torch.int32)
     else:
+        normalised = antialias or mode == "area"
         saved = x.new_empty(num_tokens if normalised else 0, dtype=torch.float32)
-    _launch(
-        _resize_kernel,
-        x,
-        geometry,
-        target_geometry,
-        out,
-        saved,
-        spatial_merge_size,
-        target_merge_size,
-        mode,
-        align_corners,
-        antialias,
-    )
+    _launch(_resize_kernel, x, geometry, target_geometry, out, saved, *options)
     return out, saved
 
 
@@ -350,26 +340,10 @@ def resize_bwd(
     geometry: Tensor,
     target_geometry: Tensor,
     num_tokens: int,
-    spatial_merge_size: int,
-    target_merge_size: int,
-    mode: str,
-    align_corners: bool,
-    antialias: bool,
+    *options,
 ) -> Tensor:
     grad_x = grad.new_empty(num_tokens, grad.shape[1])
-    _launch(
-        _resize_bwd_kernel,
-        grad,
-        geometry,
-        target_geometry,
-        grad_x,
-        saved,
-        spatial_merge_size,
-        target_merge_size,
-        mode,
-        align_corners,
-        antialias,
-    )
+    _launch(_resize_bwd_kernel, grad, geometry, target_geometry, grad_x, saved, *options)
     return grad_x
 
 
@@ -394,7 +368,6 @@ def _launch(
     x = x if x.stride(-1) == 1 else x.contiguous()
     unit = 8 if x.stride(0) % 8 == 0 else 1
     block_c = min(triton.next_power_of_2(num_channels), 128)
-    wide = x.element_size() == 4 or saved.dtype == torch.int32
     block_t = min(4096 // block_c, 128)
     kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_channels, block_c),)](
         x,
@@ -417,5 +390,5 @@ def _launch(
         STRIDE_UNIT=unit,
         BLOCK_T=block_t,
         BLOCK_C=block_c,
-        num_warps=8 if wide else 4,
+        num_warps=4,
     )

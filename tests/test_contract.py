@@ -33,7 +33,9 @@ def test_half_precision_keeps_the_bits_of_its_batch(op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("check", "subject"), _subjects("cuda") if torch.cuda.is_available() else [])
+@pytest.mark.parametrize(
+    ("check", "subject"), _subjects("cuda") if torch.cuda.is_available() else []
+)
 def test_triton_on_the_gpu(check, subject):
     CHECKS[check](subject)
 

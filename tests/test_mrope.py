@@ -129,7 +129,11 @@ IDS = torch.zeros(3, 5, dtype=torch.int64)
         ({"position_ids": IDS[:2]}, ValueError, r"position_ids must have 3 or 4 rows, got 2"),
         ({"position_ids": IDS[:, :4]}, ValueError, r"must have shape \[\*, 5\], got \[3, 4\]"),
         ({"position_ids": IDS.float()}, TypeError, r"must be int32 or int64, got float32"),
-        ({"position_ids": IDS.to("meta")}, ValueError, r"must be on the device of q, cpu, got meta"),
+        (
+            {"position_ids": IDS.to("meta")},
+            ValueError,
+            r"must be on the device of q, cpu, got meta",
+        ),
         ({"mrope_section": (16, 16)}, ValueError, r"half the head size, 32, got \[16, 16\]"),
         ({"mrope_section": (16, 16, 16)}, ValueError, r"half the head size, 32, got \[16, 16, 16"),
         ({"mrope_section": (-8, 20, 20)}, ValueError, r"mrope_section must be three counts"),

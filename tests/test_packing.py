@@ -46,9 +46,7 @@ def test_tokens_are_in_merge_block_order(drawn):
 def test_segments_cover_the_tokens(drawn):
     grid, sizes = drawn
     frames = 1 if grid.merge_temporal else None
-    lengths = [
-        (t if frames else 1) * h * w for t, h, w in sizes for _ in range(frames or t)
-    ]
+    lengths = [(t if frames else 1) * h * w for t, h, w in sizes for _ in range(frames or t)]
     assert grid.cu_seqlens.dtype == torch.int32
     assert grid.cu_seqlens.diff().tolist() == lengths
     assert grid.cu_seqlens[-1] == grid.num_tokens == sum(t * h * w for t, h, w in sizes)

@@ -1,4 +1,4 @@
-"""``rope_2d``: invariants, the original code's values, messages, and what the compiler makes of it."""
+"""``rope_2d``: invariants, the original code's values, messages, and the compiled kernel."""
 
 import json
 import math
@@ -123,7 +123,9 @@ def test_the_first_patch_of_every_frame_stays():
 
 def test_frames_of_a_clip_share_their_angles():
     q = torch.randn(12, 2, 32)
-    clip, _ = rope_2d(q.repeat(3, 1, 1), q.repeat(3, 1, 1), PackedGrid([(3, 2, 6)], 2), impl="triton")
+    clip, _ = rope_2d(
+        q.repeat(3, 1, 1), q.repeat(3, 1, 1), PackedGrid([(3, 2, 6)], 2), impl="triton"
+    )
     frame, _ = rope_2d(q, q, PackedGrid([(2, 6)], 2), impl="triton")
     assert torch.equal(clip, frame.repeat(3, 1, 1))
 
@@ -165,15 +167,27 @@ GRID = PackedGrid([(3, 4)])
         ({"k": Q[:5]}, ValueError, r"k must have shape \[12, \*, 32\], got \[5, 2, 32\]"),
         ({"k": Q[..., :16]}, ValueError, r"k must have shape \[12, \*, 32\], got \[12, 2, 16\]"),
         ({"q": Q.int(), "k": Q.int()}, TypeError, r"q must be float32 or bfloat16 .* got int32"),
-        ({"k": Q.half()}, TypeError, r"k must have the dtype of q, torch.float32, got torch.float16"),
+        (
+            {"k": Q.half()},
+            TypeError,
+            r"k must have the dtype of q, torch.float32, got torch.float16",
+        ),
         ({"k": Q.to("meta")}, ValueError, r"k must be on the device of q, cpu, got meta"),
         ({"grid": [(3, 4)]}, TypeError, r"grid must be a PackedGrid, got list"),
-        ({"grid": PackedGrid([(3, 5)])}, ValueError, r"q must have the 15 tokens of grid, got \[12"),
+        (
+            {"grid": PackedGrid([(3, 5)])},
+            ValueError,
+            r"q must have the 15 tokens of grid, got \[12",
+        ),
         ({"grid": GRID.to("meta")}, ValueError, r"grid must be on the device of q, cpu, got meta"),
         ({"q": Q[..., :6], "k": Q[..., :6]}, ValueError, r"head size that divides by 4, got 6"),
         ({"base": 0}, ValueError, r"base must be above 0, got 0"),
         ({"base": "1"}, TypeError, r"base must be a number, got '1'"),
-        ({"axes": "hw"}, ValueError, r"axes must be one of 'split', 'even_odd', 'paired', got 'hw'"),
+        (
+            {"axes": "hw"},
+            ValueError,
+            r"axes must be one of 'split', 'even_odd', 'paired', got 'hw'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, error, message, impl):

@@ -99,7 +99,7 @@ def _pairs_on_host(
             raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
         single = len(target_hw) > 0 and isinstance(target_hw[0], int)
         for pair in [target_hw] if single else target_hw:
-            if len(pair) != 2 or not all(type(n) is int for n in pair):
+            if not isinstance(pair, (list, tuple)) or [type(n) for n in pair] != [int, int]:
                 raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
         target_hw = torch.tensor(target_hw, dtype=torch.int64).reshape((2,) if single else (-1, 2))
     if target_hw.is_floating_point() or target_hw.is_complex() or target_hw.dtype == torch.bool:

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(f"{impl} on {args.device}")
+        if impl == "reference":
+            console.print("[yellow]--impl triton checks the kernels, on a CPU in the interpreter")
         console.print(_table(ops, results), *_remarks(results), sep="\n")
     return int(any(result.passed is False for result in results))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def varlen_attention(
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
     impl: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # a union would make every caller look which of the two it got
     """Attend from every query to the keys of its own segment.
 
     Segments may be empty, of any number and of any lengths. Rows past the last segment are padding:
@@ -89,10 +91,9 @@ def varlen_attention(
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if length is not None and not isinstance(length, (int, torch.SymInt)):
             raise TypeError(f"{name} must be an int or None, got {type(length).__name__}")
-    if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
-    else:
+    if softmax_scale is not None:
         _check.positive("softmax_scale", softmax_scale)
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     left, right = _check.window("window_size", window_size)
     if impl == "reference":
         return reference.varlen_attention(
@@ -101,13 +102,13 @@ def varlen_attention(
             v,
             cu_seqlens_q,
             cu_seqlens_k,
-            softmax_scale=softmax_scale,
+            softmax_scale=scale,
             causal=causal,
             window_size=(left, right),
             return_lse=return_lse,
         )
     out, lse = torch.ops.patchpack.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, float(softmax_scale), left, 0 if causal else right
+        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, 0 if causal else right
     )
     return (out, lse) if return_lse else out
 

@@ -304,9 +304,67 @@ _VARLEN_ATTENTION = Spec(
 )
 
 
+# ----------------------------------------------------------------------------- interpolate_tokens
+
+
+def _map_images(
+    sizes, dtype, device, seed, scale=0.5, channels=24, merge=1, **options
+) -> list[Inputs]:
+    """``scale`` is the ratio of the new to the old sides, or one for rows and one for columns."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
+    step = options.get("spatial_merge_size", merge)
+    images = []
+    for t, h, w in sizes:
+        sides = [max(step, round(h * scale_h / step) * step), round(w * scale_w / step) * step]
+        target = torch.tensor([[sides[0], max(step, sides[1])]] if h else [], dtype=torch.int64)
+        image = {
+            "x": _random(generator, t * h * w, channels, dtype=dtype, device=device),
+            "grid": grid_of((t, h, w), merge, device),
+            "target_hw": target.reshape(-1, 2),
+        }
+        images.append(image | options)
+    return images
+
+
+_INTERPOLATE_TOKENS = Spec(
+    op=patchpack.interpolate_tokens,
+    reference=reference.interpolate_tokens,
+    make_images=_map_images,
+    pack=lambda images: _pack(images, along={"x": 0, "target_hw": 0}),
+    cases={
+        "bilinear": {"sizes": [(1, 9, 7), (2, 4, 5), (1, 1, 1), (1, 12, 3)]},
+        "merge-block order": {"sizes": [(1, 8, 4), (2, 4, 12)], "merge": 2},
+        "order of the result": {"sizes": [(2, 6, 5)], "spatial_merge_size": 2, "scale": 1.4},
+        "upscaling": {"sizes": [(1, 3, 5), (1, 6, 1)], "scale": 2.7},
+        "align_corners": {"sizes": [(1, 9, 7), (1, 2, 2)], "scale": 0.6, "align_corners": True},
+        "antialias": {"sizes": [(1, 13, 7), (2, 4, 5)], "scale": 0.37, "antialias": True},
+        "bicubic": {"sizes": [(1, 9, 7), (1, 3, 3)], "scale": (0.7, 1.6), "mode": "bicubic"},
+        "bicubic, align_corners": {
+            "sizes": [(1, 6, 7)],
+            "mode": "bicubic",
+            "align_corners": True,
+            "scale": 1.5,
+        },
+        "bicubic, antialias": {
+            "sizes": [(1, 11, 8), (1, 2, 2)],
+            "mode": "bicubic",
+            "antialias": True,
+        },
+        "area": {"sizes": [(1, 9, 7), (2, 3, 4)], "mode": "area", "scale": 0.45},
+        "max": {"sizes": [(1, 9, 7), (2, 3, 4)], "mode": "max", "scale": 0.45},
+        "nearest": {"sizes": [(1, 9, 7), (2, 3, 4)], "mode": "nearest", "scale": (0.4, 1.7)},
+        "many channels": {"sizes": [(1, 4, 4), (1, 2, 6)], "channels": 300},
+        "many images": {"sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(40)], "scale": 1.5},
+    },
+    grads=("x",),
+)
+
+
 SPECS: dict[str, Spec] = {
     "rope": _ROPE,
     "rope_2d": _ROPE_2D,
     "mrope": _MROPE,
+    "interpolate_tokens": _INTERPOLATE_TOKENS,
     "varlen_attention": _VARLEN_ATTENTION,
 }

@@ -412,7 +412,7 @@ NOT_OWED_BY_REFERENCE = {
 
 
 def subjects(op: str, check: str, impl: str = "triton", device: str = "cpu") -> list[Subject]:
-    """Every case and dtype of ``op`` that ``check`` is for: all dtypes where accuracy is at stake."""
+    """The cases of ``op`` that ``check`` runs, in all dtypes where accuracy is at stake."""
     cases = list(SPECS[op].cases)[: 2 if check in TRACING else None]
     dtypes = DTYPES if check == "accuracy" else DTYPES[:1]
     return [Subject(op, case, dtype, impl, device) for case in cases for dtype in dtypes]
