@@ -72,9 +72,7 @@ def _tile_bounds(
 
 
 @triton.jit
-def _visible(
-    i, j, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
+def _visible(i, j, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Whether row ``i`` sees ``j``."""
     visible = j < length
     if HAS_LEFT:
@@ -85,9 +83,7 @@ def _visible(
 
 
 @triton.jit
-def _load_piece(
-    ptrs, mask, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+def _load_piece(ptrs, mask, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
     offs_d = START + tl.arange(0, SIZE)[None, :]
     if START + SIZE > HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)

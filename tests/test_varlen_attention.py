@@ -172,9 +172,7 @@ def test_rows_past_the_end_do_not_exist(options, poison, impl):
     cu_seqlens_q, cu_seqlens_k = bounds(5, 64, 3), bounds(8, 60, 2)
     q, k, v = heads(72, 4), heads(70), heads(70)
     grad_out, grad_lse = torch.randn_like(q), torch.randn(4, 72)
-    want = gradients(
-        impl, grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, **options
-    )
+    want = gradients(impl, grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
     pad = torch.nn.functional.pad
     padded = [pad(x, (0, 0, 0, 0, 0, n), value=poison) for x, n in ((q, 90), (k, 3), (v, 3))]
     got = gradients(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from patchpack.cli._demo_model import Batch
 from patchpack.cli._images import Photo
@@ -22,7 +25,7 @@ COLOURS = (
     *("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951"),
     *("#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"),
 )
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -44,7 +47,7 @@ PANEL_TITLE, PANEL_FOOT = 0.9, 0.5
 
 
 def draw(
-    path: Path, photos: Sequence[Photo], batch: Batch, loss: dict[str, Sequence[float]]
+    path: Path, photos: Sequence[Photo], batch: Batch, loss: Mapping[str, Sequence[float]]
 ) -> None:
     """Write the picture to ``path``."""
     rows = _justified(photos)
@@ -109,8 +112,9 @@ def _cycle(count: int) -> list[str]:
 
 
 def _aspect(photo: Photo) -> float:
+    """Width over height of the room for a photo; a thin one leaves room for its caption."""
     height, width = photo.plan.resized
-    return width / height
+    return max(width / height, 0.65)
 
 
 def _justified(photos: Sequence[Photo]) -> list[list[int]]:
@@ -138,14 +142,16 @@ def _photo(axes: Axes, photo: Photo, colour: str) -> None:
         x, y = np.arange(0, width + 1, side), np.arange(0, height + 1, side)
         axes.vlines(x, 0, height, colour, lw=line, alpha=alpha)
         axes.hlines(y, 0, width, colour, lw=line, alpha=alpha)
-    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    axes.set(xlim=(0, width), ylim=(height, 0), anchor="W")
     axes.set_axis_off()
     _, rows, cols = plan.grid_thw
     sizes = f"{plan.height}x{plan.width} → {rows}x{cols} → {plan.llm_tokens}"
     letters = int(axes.get_position().width * PAGE * 10)
-    at = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(photo.name[:letters], (0, 1), (0, 16), color=colour, weight="bold", **at)
-    axes.annotate(sizes, (0, 1), (0, 5), size=8, **at)
+    above = functools.partial(
+        axes.annotate, xy=(0, 1), xycoords="axes fraction", textcoords="offset points"
+    )
+    above(photo.name[:letters], xytext=(0, 16), color=colour, weight="bold")
+    above(sizes, xytext=(0, 5), size=8)
 
 
 # Sequences ---------------------------------------------------------------------------------------
@@ -201,21 +207,23 @@ def _positions(axes: Axes, strip: Axes, batch: Batch) -> None:
     for begin, end, colour in zip(bounds, bounds[1:], _cycle(len(bounds) - 1), strict=False):
         axes.axvspan(begin, end, color=colour, alpha=0.1, lw=0)
     for (name, colour), ids in zip(AXES.items(), batch.position_ids.tolist(), strict=True):
-        axes.plot(ids, ".", color=colour, ms=2.6, mew=0, label=name)
+        axes.plot(ids, ".", color=colour, ms=np.clip(1500 / len(ids), 2.6, 7), mew=0, label=name)
     axes.set(xlim=(0, bounds[-1]), ylim=(0, None), xlabel="token", ylabel="position")
-    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1.12), markerscale=5, borderpad=0)
+    legend = axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1.12), borderpad=0)
+    for line in legend.get_lines():
+        line.set_markersize(12)
     strip.set_title(
         "M-RoPE positions of text (pale), the half-resolution view (medium) and the photo (full)"
     )
 
 
-def _losses(axes: Axes, loss: dict[str, Sequence[float]]) -> None:
+def _losses(axes: Axes, loss: Mapping[str, Sequence[float]]) -> None:
     apart = max(abs(a - b) for a, b in zip(loss["fused"], loss["reference"], strict=True))
     steps = range(1, len(loss["fused"]) + 1)
     axes.plot(steps, loss["reference"], color=REFERENCE, lw=7, alpha=0.6, label="reference")
     axes.plot(steps, loss["fused"], "o-", color=FUSED, lw=1.4, ms=4, label="fused")
     axes.set(xlabel=f"AdamW step; the curves are at most {apart:.1e} apart")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=PAPER)
     axes.legend()
     axes.set_title("Loss of restoring hidden patches", pad=6 + 72 * (STRIP + 0.05))

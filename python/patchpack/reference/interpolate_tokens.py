@@ -5,11 +5,11 @@ each axis on its own:
 
     y[o, p] = sum_{i, j} Wh[o, i] Ww[p, j] x[i, j]
 
-``W`` is the matrix of ``torch.nn.functional.interpolate`` for ``"bilinear"`` and ``"bicubic"``, with
-or without ``align_corners`` and ``antialias``, ``"nearest"`` and ``"area"``, which is also
-``adaptive_avg_pool2d``. ``"max"`` is ``adaptive_max_pool2d``. Sources: LLaVA-OneVision (arXiv
-2408.03326) resizes its maps bilinearly; the bicubic filter is R. G. Keys's, "Cubic convolution
-interpolation for digital image processing", 1981.
+``W`` is the matrix of ``torch.nn.functional.interpolate`` for ``"nearest"``, ``"area"`` (which is
+``adaptive_avg_pool2d``), ``"bilinear"`` and ``"bicubic"``, the last two with or without
+``align_corners`` and ``antialias``. ``"max"`` is ``adaptive_max_pool2d``. Sources: LLaVA-OneVision
+(arXiv 2408.03326) resizes its maps bilinearly; the bicubic filter is R. G. Keys's, "Cubic
+convolution interpolation for digital image processing", 1981.
 """
 
 from __future__ import annotations

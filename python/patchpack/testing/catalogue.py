@@ -307,55 +307,79 @@ _VARLEN_ATTENTION = Spec(
 # ----------------------------------------------------------------------------- interpolate_tokens
 
 
-def _map_images(
-    sizes, dtype, device, seed, scale=0.5, channels=24, merge=1, **options
+def _interpolate_images(
+    sizes, dtype, device, seed, target_hw, channels=16, merge=1, **options
 ) -> list[Inputs]:
-    """``scale`` is the ratio of the new to the old sides, or one for rows and one for columns."""
+    """``target_hw`` is one pair for all, or a pair an image."""
     generator = torch.Generator().manual_seed(seed)
-    scale_h, scale_w = scale if isinstance(scale, tuple) else (scale, scale)
-    step = options.get("spatial_merge_size", merge)
+    single = isinstance(target_hw[0], int)
     images = []
-    for t, h, w in sizes:
-        sides = [max(step, round(h * scale_h / step) * step), round(w * scale_w / step) * step]
-        target = torch.tensor([[sides[0], max(step, sides[1])]] if h else [], dtype=torch.int64)
-        image = {
-            "x": _random(generator, t * h * w, channels, dtype=dtype, device=device),
-            "grid": grid_of((t, h, w), merge, device),
-            "target_hw": target.reshape(-1, 2),
-        }
-        images.append(image | options)
+    for i, size in enumerate(sizes):
+        grid = grid_of(size, merge, device)
+        images.append(
+            {
+                "x": _random(generator, grid.num_tokens, channels, dtype=dtype, device=device),
+                "grid": grid,
+                "target_hw": target_hw if single else [target_hw[i % len(target_hw)]],
+                **options,
+            }
+        )
+        if not single:
+            images[-1]["target_hw"] = torch.tensor(images[-1]["target_hw"])[: grid.num_grids]
     return images
 
+
+def _pack_maps(images: Sequence[Inputs]) -> Inputs:
+    ragged = isinstance(images[0]["target_hw"], Tensor)
+    return _pack(images, along={"x": 0, **({"target_hw": 0} if ragged else {})})
+
+
+_SHRUNK = {"sizes": [(1, 9, 13), (2, 5, 4), (1, 1, 7)], "target_hw": [(4, 5), (3, 1), (1, 3)]}
+_GROWN = {"sizes": [(1, 3, 5), (2, 1, 4), (1, 6, 1)], "target_hw": [(7, 8), (4, 9), (6, 3)]}
 
 _INTERPOLATE_TOKENS = Spec(
     op=patchpack.interpolate_tokens,
     reference=reference.interpolate_tokens,
-    make_images=_map_images,
-    pack=lambda images: _pack(images, along={"x": 0, "target_hw": 0}),
+    make_images=_interpolate_images,
+    pack=_pack_maps,
     cases={
-        "bilinear": {"sizes": [(1, 9, 7), (2, 4, 5), (1, 1, 1), (1, 12, 3)]},
-        "merge-block order": {"sizes": [(1, 8, 4), (2, 4, 12)], "merge": 2},
-        "order of the result": {"sizes": [(2, 6, 5)], "spatial_merge_size": 2, "scale": 1.4},
-        "upscaling": {"sizes": [(1, 3, 5), (1, 6, 1)], "scale": 2.7},
-        "align_corners": {"sizes": [(1, 9, 7), (1, 2, 2)], "scale": 0.6, "align_corners": True},
-        "antialias": {"sizes": [(1, 13, 7), (2, 4, 5)], "scale": 0.37, "antialias": True},
-        "bicubic": {"sizes": [(1, 9, 7), (1, 3, 3)], "scale": (0.7, 1.6), "mode": "bicubic"},
-        "bicubic, align_corners": {
-            "sizes": [(1, 6, 7)],
-            "mode": "bicubic",
-            "align_corners": True,
-            "scale": 1.5,
+        "LLaVA-OneVision": {"sizes": [(2, 27, 27)], "target_hw": (14, 14)},
+        "ragged": {
+            "sizes": [(1, 12, 8), (2, 4, 4), (1, 8, 20)],
+            "target_hw": [(6, 4), (6, 8), (8, 12)],
+            "merge": 2,
         },
-        "bicubic, antialias": {
-            "sizes": [(1, 11, 8), (1, 2, 2)],
-            "mode": "bicubic",
-            "antialias": True,
+        "order kept": {**_GROWN, "merge": 1, "channels": 5},
+        "order changed": {
+            "sizes": [(2, 4, 6), (1, 6, 2)],
+            "target_hw": [(3, 5), (7, 4)],
+            "merge": 2,
+            "spatial_merge_size": 1,
         },
-        "area": {"sizes": [(1, 9, 7), (2, 3, 4)], "mode": "area", "scale": 0.45},
-        "max": {"sizes": [(1, 9, 7), (2, 3, 4)], "mode": "max", "scale": 0.45},
-        "nearest": {"sizes": [(1, 9, 7), (2, 3, 4)], "mode": "nearest", "scale": (0.4, 1.7)},
-        "many channels": {"sizes": [(1, 4, 4), (1, 2, 6)], "channels": 300},
-        "many images": {"sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(40)], "scale": 1.5},
+        "blocks made": {
+            "sizes": [(2, 5, 7), (1, 3, 4)],
+            "target_hw": (6, 3),
+            "spatial_merge_size": 3,
+        },
+        "bilinear, corners": {**_SHRUNK, "align_corners": True},
+        "bilinear, antialias": {**_SHRUNK, "antialias": True},
+        "bilinear, corners, antialias": {**_SHRUNK, "align_corners": True, "antialias": True},
+        "bicubic": {**_SHRUNK, "mode": "bicubic"},
+        "bicubic, larger": {**_GROWN, "mode": "bicubic"},
+        "bicubic, corners": {**_GROWN, "mode": "bicubic", "align_corners": True},
+        "bicubic, antialias": {**_SHRUNK, "mode": "bicubic", "antialias": True},
+        "bicubic, larger, antialias": {**_GROWN, "mode": "bicubic", "antialias": True},
+        "area": {**_SHRUNK, "mode": "area"},
+        "area, larger": {**_GROWN, "mode": "area"},
+        "max": {**_SHRUNK, "mode": "max"},
+        "max, larger": {**_GROWN, "mode": "max"},
+        "nearest": {**_SHRUNK, "mode": "nearest"},
+        "nearest, larger": {**_GROWN, "mode": "nearest"},
+        "many channels": {"sizes": [(1, 5, 5)], "target_hw": (3, 7), "channels": 200},
+        "many images": {
+            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(33)],
+            "target_hw": [(1 + i % 4, 1 + i % 3) for i in range(33)],
+        },
     },
     grads=("x",),
 )

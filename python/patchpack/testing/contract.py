@@ -258,13 +258,14 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# batches that differ in the number of images and of tokens; every size divides by 4
+# batches that differ in the number of images and of tokens; every size divides by 4. None has one
+# image: torch compiles tensors of size 1 apart from others
 LENGTH_SETS = (
     [(1, 4, 4), (1, 8, 4)],
     [(1, 4, 8)] * 3,
     [(2, 4, 4), (1, 8, 8), (1, 4, 4), (1, 4, 12)],
-    [(1, 12, 4)],
-    [(1, 8, 8)] * 2,
+    [(1, 12, 4), (1, 4, 4)],
+    [(1, 8, 8)] * 5,
     [(1, 4, 4)] * 7,
 )
 
