@@ -1,0 +1,131 @@
+"""``interpolate_tokens``: torch's own values, hand-computed ones, the adjoint, messages."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from patchpack import PackedGrid, interpolate_tokens
+
+IMPLS = ("reference", "triton")
+MODES = [
+    ("bilinear", {}),
+    ("bilinear", {"align_corners": True}),
+    ("bilinear", {"antialias": True}),
+    ("bicubic", {}),
+    ("bicubic", {"align_corners": True}),
+    ("bicubic", {"antialias": True}),
+    ("area", {}),
+    ("max", {}),
+    ("nearest", {}),
+]
+
+
+def by_torch(frame, size, mode, **options):
+    if mode == "max":
+        return functional.adaptive_max_pool2d(frame, size)
+    return functional.interpolate(frame, size, mode=mode, **options)
+
+
+@pytest.mark.parametrize(("mode", "options"), MODES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_frame_gets_the_values_of_torch(mode, options, impl):
+    sizes, targets = [(1, 9, 13), (2, 5, 4), (1, 1, 7)], [(4, 20), (5, 3), (1, 3)]
+    grid = PackedGrid(sizes)
+    x = torch.randn(grid.num_tokens, 6)
+    got, small = interpolate_tokens(x, grid, targets, mode=mode, **options, impl=impl)
+    assert small.grid_thw.tolist() == [
+        [t, *hw] for (t, _, _), hw in zip(sizes, targets, strict=True)
+    ]
+    frames = [
+        (hw, target) for (t, *hw), target in zip(sizes, targets, strict=True) for _ in range(t)
+    ]
+    maps = x.split([h * w for (h, w), _ in frames])
+    want = [
+        by_torch(tokens.T.reshape(1, 6, h, w), target, mode, **options)[0].flatten(1).T
+        for tokens, ((h, w), target) in zip(maps, frames, strict=True)
+    ]
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_27_to_14_as_llava_onevision_pools_video(impl):
+    x = torch.arange(27.0).repeat(27)[:, None]
+    y, _ = interpolate_tokens(x, PackedGrid([(27, 27)]), (14, 14), impl=impl)
+    row = [2 * o + (13 - 2 * o) / 28 for o in range(7)]  # the pairs (0, 1), (2, 3), ...
+    torch.testing.assert_close(y[:7, 0], torch.tensor(row))
+    torch.testing.assert_close(y[:14, 0].flip(0), 26 - y[:14, 0])
+
+
+@pytest.mark.parametrize(("mode", "options"), [m for m in MODES if m[0] != "max"])
+def test_the_gradient_is_the_adjoint(mode, options):
+    grid = PackedGrid([(1, 9, 7), (2, 3, 4)])
+    x = torch.randn(grid.num_tokens, 3, requires_grad=True)
+    y, _ = interpolate_tokens(x, grid, [(4, 9), (5, 2)], mode=mode, **options, impl="triton")
+    cotangent = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, cotangent)
+    torch.testing.assert_close((y * cotangent).sum(), (x * grad).sum(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_constants_stay(mode, options):
+    grid = PackedGrid([(5, 7), (1, 1)])
+    x = torch.full((36, 2), 3.5)
+    y, _ = interpolate_tokens(x, grid, [(8, 3), (4, 4)], mode=mode, **options, impl="triton")
+    torch.testing.assert_close(y, torch.full_like(y, 3.5))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_orders_of_tokens_change_nothing_else(impl):
+    raster, blocks = PackedGrid([(2, 6, 4)]), PackedGrid([(2, 6, 4)], 2)
+    x = torch.randn(6, 4, 2, 5)  # row, column, frame, channel
+    in_raster = x.permute(2, 0, 1, 3).reshape(-1, 5)
+    row, col = blocks.position_ids.T
+    in_blocks = x[row, col, torch.arange(48) // 24]
+    want, _ = interpolate_tokens(in_raster, raster, (4, 2), impl=impl)
+    got, _ = interpolate_tokens(in_blocks, blocks, (4, 2), spatial_merge_size=1, impl=impl)
+    assert torch.equal(got, want)
+    got, small = interpolate_tokens(in_blocks, blocks, (4, 2), impl=impl)
+    assert small.spatial_merge_size == 2
+    row, col = small.position_ids.T
+    order = torch.arange(16) // 8 * 8 + row * 2 + col
+    assert torch.equal(got, want[order])
+
+
+def test_the_first_maximum_gets_the_gradient_and_nan_wins():
+    x = torch.tensor([[1.0], [2.0], [2.0], [0.0]], requires_grad=True)
+    y, _ = interpolate_tokens(x, PackedGrid([(2, 2)]), (1, 1), mode="max", impl="triton")
+    y.backward()
+    assert x.grad.flatten().tolist() == [0, 1, 0, 0]
+    x = torch.tensor([[1.0], [float("nan")], [2.0], [0.0]])
+    y, _ = interpolate_tokens(x, PackedGrid([(2, 2)]), (1, 1), mode="max", impl="triton")
+    assert y.isnan().all()
+
+
+X = torch.zeros(24, 4)
+GRID = PackedGrid([(4, 6)], 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, r"x must have shape \[\*, \*\], got \[4\]"),
+        ({"x": X.int()}, TypeError, r"x must be float32 or .*got int32"),
+        ({"x": X[:5]}, ValueError, r"x must have the 24 tokens of grid, got \[5, 4\]"),
+        ({"grid": [(4, 6)]}, TypeError, r"grid must be a PackedGrid, got list"),
+        ({"target_hw": (3, 4)}, ValueError, r"target_hw .*spatial_merge_size=2, got \[1, 3, 4\]"),
+        ({"target_hw": (0, 4)}, ValueError, r"target_hw .*at least 1"),
+        ({"target_hw": (2.0, 4)}, TypeError, r"target_hw must"),
+        ({"target_hw": [(2, 2), (2, 2)]}, ValueError, r"target_hw must have shape \[1, 2\]"),
+        ({"mode": "linear"}, ValueError, r"mode must be one of 'bilinear'.*got 'linear'"),
+        (
+            {"mode": "area", "antialias": True},
+            ValueError,
+            r"antialias is for mode .*got mode 'area'",
+        ),
+        ({"mode": "max", "align_corners": True}, ValueError, r"align_corners is for mode"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message, impl):
+    with pytest.raises(error, match=message):
+        interpolate_tokens(**{"x": X, "grid": GRID, "target_hw": (2, 2), **change}, impl=impl)
