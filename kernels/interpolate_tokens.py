@@ -280,6 +280,8 @@ def _resize_bwd_kernel(
         col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS
     )
 
+    grad_ptrs = grad_ptr + start * stride_grad_t * STRIDE_UNIT
+    saved_ptrs = saved_ptr + (start * NUM_CHANNELS if MODE == "max" else start)
     # grad_x[i, j] = sum_{o, p} Wh[o, i] Ww[p, j] grad[o, p]
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for ky in range(tl.max(count_y)):
@@ -296,15 +298,15 @@ def _resize_bwd_kernel(
                 ANTIALIAS, NUM_TAPS,
             )  # fmt: skip
             weight = tl.where(out_x < out_cols, weight_y * weight_x, 0.0)
-            token = start + cell_to_token(out_y, out_x, out_cols, TARGET_MERGE)
-            grad_ptrs = grad_ptr + (token * stride_grad_t * STRIDE_UNIT)[:, None] + offs_c[None, :]
+            token = cell_to_token(out_y, out_x, out_cols, TARGET_MERGE).to(tl.int64)
             if NORMALISED:
-                weight *= tl.load(saved_ptr + token, mask=weight != 0.0, other=0.0)
+                weight *= tl.load(saved_ptrs + token, mask=weight != 0.0, other=0.0)
+            readers = grad_ptrs + token * stride_grad_t * STRIDE_UNIT
             mask = (weight[:, None] != 0.0) & mask_c
-            grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(readers[:, None] + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
             if MODE == "max":
-                argmax_ptrs = saved_ptr + (token * NUM_CHANNELS)[:, None] + offs_c[None, :]
-                argmax = tl.load(argmax_ptrs, mask=mask, other=-1)
+                readers = saved_ptrs + token * NUM_CHANNELS
+                argmax = tl.load(readers[:, None] + offs_c[None, :], mask=mask, other=-1)
                 grad = tl.where(argmax == in_frame[:, None], grad, 0.0)
             acc += weight[:, None] * grad
 
@@ -368,7 +370,7 @@ def _launch(
     x = x if x.stride(-1) == 1 else x.contiguous()
     unit = 8 if x.stride(0) % 8 == 0 else 1
     block_c = min(triton.next_power_of_2(num_channels), 128)
-    block_t = min(4096 // block_c, 128)
+    block_t = min(4096 // block_c, 128)  # one token a thread
     kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_channels, block_c),)](
         x,
         geometry,

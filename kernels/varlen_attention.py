@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import current_target
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -83,6 +84,20 @@ def _visible(i, j, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.co
 
 
 @triton.jit
+def _head_of(ptr, row, stride_t, head, stride_h, STRIDE_UNIT: tl.constexpr):
+    # strides come divided by STRIDE_UNIT, so that the compiler knows they are its multiples
+    return ptr + (row.to(tl.int64) * stride_t + head * stride_h) * STRIDE_UNIT
+
+
+@triton.jit
+def _rows_from(ptr, first, stride_t, STRIDE_UNIT: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers to the first channels of a tile's rows, ``[ROWS, 1]``."""
+    # within a tile 32 bits reach far enough, and take half the registers
+    near = (tl.arange(0, ROWS) * stride_t)[:, None].to(tl.int64)
+    return ptr + first * stride_t.to(tl.int64) * STRIDE_UNIT + near * STRIDE_UNIT
+
+
+@triton.jit
 def _load_piece(ptrs, mask, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
     offs_d = START + tl.arange(0, SIZE)[None, :]
     if START + SIZE > HEAD_DIM:
@@ -92,22 +107,22 @@ def _load_piece(ptrs, mask, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: t
 
 @triton.jit
 def _load(ptrs, mask, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The pieces of a head's rows; ``ptrs`` and ``mask`` are ``[rows, 1]``."""
-    x0 = _load_piece(ptrs, mask, 0, D0, HEAD_DIM)
+    """The pieces of a head's rows; ``ptrs`` is ``[rows, 1]``, ``mask`` ``[rows]``."""
+    x0 = _load_piece(ptrs, mask[:, None], 0, D0, HEAD_DIM)
     x1 = x0
     if D1 > 0:
-        x1 = _load_piece(ptrs, mask, D0, D1, HEAD_DIM)
+        x1 = _load_piece(ptrs, mask[:, None], D0, D1, HEAD_DIM)
     return x0, x1
 
 
 @triton.jit
 def _store(ptrs, x, mask, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Store the pieces of a head's rows; ``ptrs`` and ``mask`` are ``[rows, 1]``."""
+    """Store the pieces of a head's rows; ``ptrs`` is ``[rows, 1]``, ``mask`` ``[rows]``."""
     offs_d = tl.arange(0, D0)[None, :]
-    tl.store(ptrs + offs_d, x[0], mask=mask & (offs_d < HEAD_DIM))
+    tl.store(ptrs + offs_d, x[0], mask=mask[:, None] & (offs_d < HEAD_DIM))
     if D1 > 0:
         offs_d = D0 + tl.arange(0, D1)[None, :]
-        tl.store(ptrs + offs_d, x[1], mask=mask & (offs_d < HEAD_DIM))
+        tl.store(ptrs + offs_d, x[1], mask=mask[:, None] & (offs_d < HEAD_DIM))
 
 
 @triton.jit
@@ -191,19 +206,17 @@ def _attend_fwd_kernel(
     if first_q >= len_q:
         return
 
-    offs_q = first_q + tl.arange(0, BLOCK_Q)
-    mask_q = offs_q < len_q
-    row_q = begin_q.to(tl.int64) + offs_q
-    offs_k = tl.arange(0, BLOCK_K)
-    row_k = begin_k.to(tl.int64) + offs_k
-    # strides come divided by STRIDE_UNIT, so that the compiler knows they are its multiples
-    q_ptrs = q_ptr + (row_q * stride_q_t + head * stride_q_h)[:, None] * STRIDE_UNIT
-    k_ptrs = k_ptr + (row_k * stride_k_t + head // GROUP * stride_k_h)[:, None] * STRIDE_UNIT
-    v_ptrs = v_ptr + (row_k * stride_v_t + head // GROUP * stride_v_h)[:, None] * STRIDE_UNIT
-    step_k = stride_k_t.to(tl.int64) * STRIDE_UNIT
-    step_v = stride_v_t.to(tl.int64) * STRIDE_UNIT
+    stride_out_t = num_heads * HEAD_DIM
+    q_ptr = _head_of(q_ptr, begin_q, stride_q_t, head, stride_q_h, STRIDE_UNIT)
+    k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)
+    v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head // GROUP, stride_v_h, STRIDE_UNIT)
+    out_ptr = _head_of(out_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
 
-    q = _load(q_ptrs, mask_q[:, None], HEAD_DIM, D0, D1)
+    offs_q = first_q + tl.arange(0, BLOCK_Q)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_q = offs_q < len_q
+    q_ptrs = _rows_from(q_ptr, first_q, stride_q_t, STRIDE_UNIT, BLOCK_Q)
+    q = _load(q_ptrs, mask_q, HEAD_DIM, D0, D1)
     acc = _zeros(BLOCK_Q, D0, D1)
     scale = softmax_scale * _LOG2_E
     # a finite start, so that a row without keys subtracts no infinities
@@ -218,7 +231,9 @@ def _attend_fwd_kernel(
     for part in tl.static_range(0 if HAS_LEFT else 1, 3):
         for first_k in range(bounds[part], bounds[part + 1], BLOCK_K):
             mask_k = offs_k < (BLOCK_K if part == 1 else len_k - first_k)
-            k = _load(k_ptrs + first_k * step_k, mask_k[:, None], HEAD_DIM, D0, D1)
+            k_ptrs = _rows_from(k_ptr, first_k, stride_k_t, STRIDE_UNIT, BLOCK_K)
+            v_ptrs = _rows_from(v_ptr, first_k, stride_v_t, STRIDE_UNIT, BLOCK_K)
+            k = _load(k_ptrs, mask_k, HEAD_DIM, D0, D1)
             s = _scores(q, k, D1, PRECISION)
             if part != 1:
                 visible = _visible(
@@ -231,14 +246,15 @@ def _attend_fwd_kernel(
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, axis=1)
             acc = acc[0] * shrink[:, None], acc[1] * shrink[:, None]
-            v = _load(v_ptrs + first_k * step_v, mask_k[:, None], HEAD_DIM, D0, D1)
+            v = _load(v_ptrs, mask_k, HEAD_DIM, D0, D1)
             acc = _accumulate(acc, p, v, D1, PRECISION)
             top = new_top
 
-    tl.store(lse_ptr + head * num_tokens + row_q, (top + tl.log2(total)) / _LOG2_E, mask=mask_q)
+    lse = (top + tl.log2(total)) / _LOG2_E
+    tl.store(lse_ptr + head * num_tokens + begin_q + offs_q, lse, mask=mask_q)
     share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-    out_ptrs = out_ptr + ((row_q * num_heads + head) * HEAD_DIM)[:, None]
-    _store(out_ptrs, (acc[0] * share, acc[1] * share), mask_q[:, None], HEAD_DIM, D0, D1)
+    out_ptrs = _rows_from(out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
+    _store(out_ptrs, (acc[0] * share, acc[1] * share), mask_q, HEAD_DIM, D0, D1)
 
 
 @triton.jit(
@@ -298,32 +314,32 @@ def _attend_bwd_dq_kernel(
     if first_q >= len_q:
         return
 
-    offs_q = first_q + tl.arange(0, BLOCK_Q)
-    mask_q = offs_q < len_q
-    row_q = begin_q.to(tl.int64) + offs_q
-    # what lies past the last segment counts as zeros, whatever it holds
-    real_q = mask_q & (segment < num_segments)
-    offs_k = tl.arange(0, BLOCK_K)
-    row_k = begin_k.to(tl.int64) + offs_k
-    q_ptrs = q_ptr + (row_q * stride_q_t + head * stride_q_h)[:, None] * STRIDE_UNIT
-    k_ptrs = k_ptr + (row_k * stride_k_t + head // GROUP * stride_k_h)[:, None] * STRIDE_UNIT
-    v_ptrs = v_ptr + (row_k * stride_v_t + head // GROUP * stride_v_h)[:, None] * STRIDE_UNIT
-    step_k = stride_k_t.to(tl.int64) * STRIDE_UNIT
-    step_v = stride_v_t.to(tl.int64) * STRIDE_UNIT
-    offs_out = ((row_q * num_heads + head) * HEAD_DIM)[:, None]
-    offs_row = head * num_tokens + row_q
+    stride_out_t = num_heads * HEAD_DIM
+    q_ptr = _head_of(q_ptr, begin_q, stride_q_t, head, stride_q_h, STRIDE_UNIT)
+    k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)
+    v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head // GROUP, stride_v_h, STRIDE_UNIT)
+    out_ptr = _head_of(out_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
+    grad_out_ptr = _head_of(grad_out_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
+    grad_q_ptr = _head_of(grad_q_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
 
-    q = _load(q_ptrs, real_q[:, None], HEAD_DIM, D0, D1)
-    grad_out = _load(grad_out_ptr + offs_out, real_q[:, None], HEAD_DIM, D0, D1)
-    out = _load(out_ptr + offs_out, real_q[:, None], HEAD_DIM, D0, D1)
-    lse = tl.load(lse_ptr + offs_row, mask=real_q, other=0.0) * _LOG2_E
+    offs_q = first_q + tl.arange(0, BLOCK_Q)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_q = offs_q < len_q
+    offs_row = head * num_tokens + begin_q + offs_q
+    q_ptrs = _rows_from(q_ptr, first_q, stride_q_t, STRIDE_UNIT, BLOCK_Q)
+    out_ptrs = _rows_from(out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
+    grad_out_ptrs = _rows_from(grad_out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
+    q = _load(q_ptrs, mask_q, HEAD_DIM, D0, D1)
+    out = _load(out_ptrs, mask_q, HEAD_DIM, D0, D1)
+    grad_out = _load(grad_out_ptrs, mask_q, HEAD_DIM, D0, D1)
+    lse = tl.load(lse_ptr + offs_row, mask=mask_q, other=0.0) * _LOG2_E
 
     # delta[i] = grad_out[i] . out[i] - grad_lse[i]
     delta = tl.sum(out[0].to(tl.float32) * grad_out[0].to(tl.float32), axis=1)
     if D1 > 0:
         delta += tl.sum(out[1].to(tl.float32) * grad_out[1].to(tl.float32), axis=1)
     if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + offs_row, mask=real_q, other=0.0)
+        delta -= tl.load(grad_lse_ptr + offs_row, mask=mask_q, other=0.0)
     tl.store(delta_ptr + offs_row, delta, mask=mask_q)
 
     acc = _zeros(BLOCK_Q, D0, D1)
@@ -336,8 +352,10 @@ def _attend_bwd_dq_kernel(
     for part in tl.static_range(0 if HAS_LEFT else 1, 3):
         for first_k in range(bounds[part], bounds[part + 1], BLOCK_K):
             mask_k = offs_k < (BLOCK_K if part == 1 else len_k - first_k)
-            k = _load(k_ptrs + first_k * step_k, mask_k[:, None], HEAD_DIM, D0, D1)
-            v = _load(v_ptrs + first_k * step_v, mask_k[:, None], HEAD_DIM, D0, D1)
+            k_ptrs = _rows_from(k_ptr, first_k, stride_k_t, STRIDE_UNIT, BLOCK_K)
+            v_ptrs = _rows_from(v_ptr, first_k, stride_v_t, STRIDE_UNIT, BLOCK_K)
+            k = _load(k_ptrs, mask_k, HEAD_DIM, D0, D1)
+            v = _load(v_ptrs, mask_k, HEAD_DIM, D0, D1)
             p = tl.exp2(_scores(q, k, D1, PRECISION) * scale - lse[:, None])
             if part != 1:
                 visible = _visible(
@@ -349,7 +367,8 @@ def _attend_bwd_dq_kernel(
             acc = _accumulate(acc, grad_s, k, D1, PRECISION)
 
     acc = acc[0] * softmax_scale, acc[1] * softmax_scale
-    _store(grad_q_ptr + offs_out, acc, mask_q[:, None], HEAD_DIM, D0, D1)
+    grad_q_ptrs = _rows_from(grad_q_ptr, first_q, stride_out_t, 1, BLOCK_Q)
+    _store(grad_q_ptrs, acc, mask_q, HEAD_DIM, D0, D1)
 
 
 @triton.jit(
@@ -409,14 +428,20 @@ def _attend_bwd_dkv_kernel(
     if first_k >= len_k:
         return
 
+    stride_out_t = num_q_heads * HEAD_DIM
+    stride_grad_t = num_k_heads * HEAD_DIM
+    k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head_k, stride_k_h, STRIDE_UNIT)
+    v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head_k, stride_v_h, STRIDE_UNIT)
+    grad_k_ptr = _head_of(grad_k_ptr, begin_k, stride_grad_t, head_k, HEAD_DIM, 1)
+    grad_v_ptr = _head_of(grad_v_ptr, begin_k, stride_grad_t, head_k, HEAD_DIM, 1)
+
+    offs_q = tl.arange(0, BLOCK_Q)
     offs_k = first_k + tl.arange(0, BLOCK_K)
     mask_k = offs_k < len_k
-    row_k = begin_k.to(tl.int64) + offs_k
-    real_k = mask_k & (segment < num_segments)
-    k_ptrs = k_ptr + (row_k * stride_k_t + head_k * stride_k_h)[:, None] * STRIDE_UNIT
-    v_ptrs = v_ptr + (row_k * stride_v_t + head_k * stride_v_h)[:, None] * STRIDE_UNIT
-    k = _load(k_ptrs, real_k[:, None], HEAD_DIM, D0, D1)
-    v = _load(v_ptrs, real_k[:, None], HEAD_DIM, D0, D1)
+    k_ptrs = _rows_from(k_ptr, first_k, stride_k_t, STRIDE_UNIT, BLOCK_K)
+    v_ptrs = _rows_from(v_ptr, first_k, stride_v_t, STRIDE_UNIT, BLOCK_K)
+    k = _load(k_ptrs, mask_k, HEAD_DIM, D0, D1)
+    v = _load(v_ptrs, mask_k, HEAD_DIM, D0, D1)
 
     acc_k = _zeros(BLOCK_K, D0, D1)
     acc_v = _zeros(BLOCK_K, D0, D1)
@@ -429,24 +454,25 @@ def _attend_bwd_dkv_kernel(
     )
     for in_group in range(GROUP):
         head_q = head_k * GROUP + in_group
+        of_q_ptr = _head_of(q_ptr, begin_q, stride_q_t, head_q, stride_q_h, STRIDE_UNIT)
+        of_grad_out_ptr = _head_of(grad_out_ptr, begin_q, stride_out_t, head_q, HEAD_DIM, 1)
+        of_lse_ptr = lse_ptr + head_q * num_q_tokens + begin_q
+        of_delta_ptr = delta_ptr + head_q * num_q_tokens + begin_q
         for part in tl.static_range(0 if HAS_RIGHT else 1, 3):
             for first_q in range(bounds[part], bounds[part + 1], BLOCK_Q):
-                offs_q = first_q + tl.arange(0, BLOCK_Q)
-                mask_q = offs_q < len_q
-                row_q = begin_q.to(tl.int64) + offs_q
-                q_ptrs = q_ptr + (row_q * stride_q_t + head_q * stride_q_h)[:, None] * STRIDE_UNIT
-                offs_out = ((row_q * num_q_heads + head_q) * HEAD_DIM)[:, None]
-                q = _load(q_ptrs, mask_q[:, None], HEAD_DIM, D0, D1)
-                grad_out = _load(grad_out_ptr + offs_out, mask_q[:, None], HEAD_DIM, D0, D1)
-                offs_row = head_q * num_q_tokens + row_q
-                lse = tl.load(lse_ptr + offs_row, mask=mask_q, other=0.0) * _LOG2_E
-                delta = tl.load(delta_ptr + offs_row, mask=mask_q, other=0.0)
+                mask_q = offs_q < (BLOCK_Q if part == 1 else len_q - first_q)
+                q_ptrs = _rows_from(of_q_ptr, first_q, stride_q_t, STRIDE_UNIT, BLOCK_Q)
+                grad_out_ptrs = _rows_from(of_grad_out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
+                q = _load(q_ptrs, mask_q, HEAD_DIM, D0, D1)
+                grad_out = _load(grad_out_ptrs, mask_q, HEAD_DIM, D0, D1)
+                lse = tl.load(of_lse_ptr + first_q + offs_q, mask=mask_q, other=0.0) * _LOG2_E
+                delta = tl.load(of_delta_ptr + first_q + offs_q, mask=mask_q, other=0.0)
 
                 # transposed, keys by queries
                 p = tl.exp2(_scores(k, q, D1, PRECISION) * scale - lse[None, :])
                 if part != 1:
                     visible = _visible(
-                        (offs_k - shift)[:, None], offs_q[None, :], len_q, right, left,
+                        (offs_k - shift)[:, None], (first_q + offs_q)[None, :], len_q, right, left,
                         HAS_RIGHT, HAS_LEFT,
                     )  # fmt: skip
                     p = tl.where(visible, p, 0.0)
@@ -454,42 +480,48 @@ def _attend_bwd_dkv_kernel(
                 grad_s = p * (_scores(v, grad_out, D1, PRECISION) - delta[None, :])
                 acc_k = _accumulate(acc_k, grad_s, q, D1, PRECISION)
 
-    offs_out = ((row_k * num_k_heads + head_k) * HEAD_DIM)[:, None]
     acc_k = acc_k[0] * softmax_scale, acc_k[1] * softmax_scale
-    _store(grad_k_ptr + offs_out, acc_k, mask_k[:, None], HEAD_DIM, D0, D1)
-    _store(grad_v_ptr + offs_out, acc_v, mask_k[:, None], HEAD_DIM, D0, D1)
+    grad_k_ptrs = _rows_from(grad_k_ptr, first_k, stride_grad_t, 1, BLOCK_K)
+    grad_v_ptrs = _rows_from(grad_v_ptr, first_k, stride_grad_t, 1, BLOCK_K)
+    _store(grad_k_ptrs, acc_k, mask_k, HEAD_DIM, D0, D1)
+    _store(grad_v_ptrs, acc_v, mask_k, HEAD_DIM, D0, D1)
 
 
-def _pieces(head_dim: int) -> tuple[int, int]:
+def _pieces(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Two powers of two, or one and 0, that hold a head of the next multiple of 16 channels."""
     width = triton.cdiv(head_dim, 16) * 16
     first = 1 << (width.bit_length() - 1)
     rest = width - first
-    return (first, rest) if rest & (rest - 1) == 0 else (2 * first, 0)
+    if rest & (rest - 1):
+        first, rest = 2 * first, 0
+    # products of half as many channels spill no registers: of float32, and where Hopper's and
+    # Blackwell's read shared memory; Ampere's want whole heads for that
+    target = current_target()
+    halves = target is not None and target.backend == "cuda" and target.arch // 10 in (9, 10)
+    if first == 128 and (halves or dtype == torch.float32):
+        return 64, 64
+    return first, rest
 
 
-def _tiles(pass_name: str, q: Tensor) -> dict[str, int]:
+def _tiles(pass_name: str, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes, warps and stages; none of these spills registers on sm_80, sm_90 or sm_100."""
-    head_dim = q.shape[2]
-    if q.dtype == torch.float32:
-        tiles = {"fwd": (32, 32, 8, 1), "dq": (16, 32, 8, 1), "dkv": (16, 16, 4, 1)}
-    elif head_dim <= 64:
-        tiles = {"fwd": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 8, 1)}
-    elif head_dim <= 80:
-        tiles = {"fwd": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkv": (32, 32, 8, 1)}
-    elif head_dim <= 96:
-        tiles = {"fwd": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkv": (16, 64, 8, 1)}
+    if dtype == torch.float32:
+        tiles = (32, 32, 8, 1)
     else:
-        tiles = {"fwd": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkv": (32, 64, 8, 1)}
-    names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
-    return dict(zip(names, tiles[pass_name], strict=True))
+        tiles = {"fwd": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 4, 2)}[pass_name]
+    return dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), tiles, strict=True))
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """``x``, or a copy if its last dimension is strided or a tile of its rows exceeds 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(0) < 2**25 else x.contiguous()
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[list[int], dict]:
     """Strides of q, k and v in units that the compiler can align to, and compile-time arguments."""
     strides = [s for x in (q, k, v) for s in x.stride()[:2]]
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
-    d0, d1 = _pieces(q.shape[2])
+    d0, d1 = _pieces(q.shape[2], q.dtype)
     return [s // unit for s in strides], {
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
@@ -515,13 +547,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, _ = q.shape
     num_segments = cu_seqlens_q.shape[0] - 1
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_addressable(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty((num_heads, num_tokens), dtype=torch.float32)
     if num_tokens == 0:
         return out, lse
     strides, constants = _arguments(q, k, v, left, right)
-    tiles = _tiles("fwd", q)
+    tiles = _tiles("fwd", q.dtype)
     _attend_fwd_kernel[(num_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
         q,
         k,
@@ -560,7 +592,7 @@ def attend_bwd(
     num_q_tokens, num_q_heads, _ = q.shape
     num_k_tokens, num_k_heads, _ = k.shape
     num_segments = cu_seqlens_q.shape[0] - 1
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_addressable(x) for x in (q, k, v))
     grad_out = grad_out.contiguous()
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
@@ -569,7 +601,7 @@ def attend_bwd(
     scalars = (softmax_scale, left, right)
     steps = num_segments.bit_length()
     if num_q_tokens:
-        tiles = _tiles("dq", q)
+        tiles = _tiles("dq", q.dtype)
         _attend_bwd_dq_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_q_heads)](
             grad_out,
             lse if grad_lse is None else grad_lse.contiguous(),
@@ -592,7 +624,7 @@ def attend_bwd(
             **tiles,
         )
     if num_k_tokens:
-        tiles = _tiles("dkv", q)
+        tiles = _tiles("dkv", q.dtype)
         _attend_bwd_dkv_kernel[(num_k_tokens // tiles["BLOCK_K"] + num_segments + 1, num_k_heads)](
             grad_out,
             q,

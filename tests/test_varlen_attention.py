@@ -351,24 +351,24 @@ def test_the_launches_follow_from_the_numbers_of_tokens_and_segments():
     assert all(launch.grid[0] == 113 // 64 + 3 + 1 for launch in launches)
 
 
-def matrix_flops(launch):
-    """Multiplications on tensor cores in the code, by the shapes that opcodes name."""
+def multiplications(launch):
+    """On tensor cores, in the code of one block, by the shapes that opcodes name."""
     total = 0
     for opcode, count in launch.opcodes.items():
-        if shape := re.match(r"HMMA\.(16)(8)(\d+)\.|HGMMA\.(64)x(\d+)x(\d+)\.", opcode):
-            total += math.prod(int(n) for n in shape.groups() if n) * count * launch.num_warps
+        if shape := re.match(r"HMMA\.(16)(8)(\d+)\.", opcode):  # by a warp
+            total += math.prod(map(int, shape.groups())) * count * launch.num_warps
+        if shape := re.match(r"HGMMA\.(64)x(\d+)x(\d+)\.", opcode):  # by four
+            total += math.prod(map(int, shape.groups())) * count * launch.num_warps // 4
     return total
 
 
-@pytest.mark.xfail(
-    reason="8 warps over a piece of 16 channels repeat products; 4 spill", strict=False
+@pytest.mark.parametrize(
+    ("target", "head_dim"), [("sm_80", 72), ("sm_80", 80), ("sm_80", 96), ("sm_90", 80)]
 )
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("head_dim", [72, 80, 96])
 def test_no_matrix_product_is_spent_on_padding(target, head_dim, monkeypatch):
-    split = [matrix_flops(launch) for launch in launches_of(target, head_dim)]
-    monkeypatch.setattr(kernels, "_pieces", lambda _: (128, 0))
-    padded = [matrix_flops(launch) for launch in launches_of(target, head_dim)]
+    split = [multiplications(launch) for launch in launches_of(target, head_dim)]
+    monkeypatch.setattr(kernels, "_pieces", lambda *_: (128, 0))
+    padded = [multiplications(launch) for launch in launches_of(target, head_dim)]
     needed = -(-head_dim // 16) * 16
     assert all(split)
     assert [n * 128 for n in split] == [n * needed for n in padded]

@@ -21,7 +21,7 @@ from patchpack.systems.qwen2_vl import IMAGE_PAD, VISION_END, VISION_START
 
 WIDTH = 256
 VIT = NativeViTConfig(hidden_size=160, depth=2, num_heads=2, out_size=WIDTH)
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 128
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 1, 128
 MROPE_SECTION = (16, 24, 24)
 NUM_BYTES = 256  # the words are bytes; the ids of markup come after them
 HIDDEN_SHARE = 0.5

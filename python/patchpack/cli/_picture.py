@@ -146,7 +146,7 @@ def _photo(axes: Axes, photo: Photo, colour: str) -> None:
     axes.set_axis_off()
     _, rows, cols = plan.grid_thw
     sizes = f"{plan.height}x{plan.width} → {rows}x{cols} → {plan.llm_tokens}"
-    letters = int(axes.get_position().width * PAGE * 10)
+    letters = int(axes.get_position(original=True).width * PAGE * 10)
     above = functools.partial(
         axes.annotate, xy=(0, 1), xycoords="axes fraction", textcoords="offset points"
     )
@@ -223,6 +223,7 @@ def _losses(axes: Axes, loss: Mapping[str, Sequence[float]]) -> None:
     axes.plot(steps, loss["reference"], color=REFERENCE, lw=7, alpha=0.6, label="reference")
     axes.plot(steps, loss["fused"], "o-", color=FUSED, lw=1.4, ms=4, label="fused")
     axes.set(xlabel=f"AdamW step; the curves are at most {apart:.1e} apart")
+    axes.ticklabel_format(useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=PAPER)
     axes.legend()

@@ -39,7 +39,7 @@ PHOTOS = (
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # most pixels of a photo: on a CPU what keeps Triton's interpreter within minutes
-MAX_PIXELS = {"cpu": 48 * 28**2, "cuda": 256 * 28**2}
+MAX_PIXELS = {"cpu": 36 * 28**2, "cuda": 256 * 28**2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
