@@ -273,6 +273,7 @@ def _attend_bwd_dq_kernel(
     out_ptr,  # [Tq, Hq, D]
     lse_ptr,  # [Hq, Tq]
     delta_ptr,  # [Hq, Tq]
+    norm_ptr,  # [Hq, Tq], or anything without COMPENSATED
     grad_q_ptr,  # [Tq, Hq, D]
     cu_seqlens_q_ptr,  # [S + 1]
     cu_seqlens_k_ptr,  # [S + 1]
@@ -292,6 +293,7 @@ def _attend_bwd_dq_kernel(
     right,
     # compile-time
     HAS_GRAD_LSE: tl.constexpr,
+    COMPENSATED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -338,11 +340,15 @@ def _attend_bwd_dq_kernel(
     delta = tl.sum(out[0].to(tl.float32) * grad_out[0].to(tl.float32), axis=1)
     if D1 > 0:
         delta += tl.sum(out[1].to(tl.float32) * grad_out[1].to(tl.float32), axis=1)
+    grad_lse = tl.zeros_like(delta)
     if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + offs_row, mask=mask_q, other=0.0)
-    tl.store(delta_ptr + offs_row, delta, mask=mask_q)
+        grad_lse = tl.load(grad_lse_ptr + offs_row, mask=mask_q, other=0.0)
+    delta -= grad_lse
 
     acc = _zeros(BLOCK_Q, D0, D1)
+    key_sum = _zeros(BLOCK_Q, D0, D1)
+    p_sum = tl.zeros_like(delta)
+    grad_sum = tl.zeros_like(delta)
     scale = softmax_scale * _LOG2_E
     shift = len_k - len_q
     last_q = tl.minimum(first_q + BLOCK_Q, len_q) - 1
@@ -365,7 +371,20 @@ def _attend_bwd_dq_kernel(
                 p = tl.where(visible, p, 0.0)
             grad_s = p * (_scores(grad_out, v, D1, PRECISION) - delta[:, None])
             acc = _accumulate(acc, grad_s, k, D1, PRECISION)
+            if COMPENSATED:
+                p_sum += tl.sum(p, axis=1)
+                grad_sum += tl.sum(grad_s, axis=1)
+                key_sum = _accumulate(key_sum, p, k, D1, PRECISION)
 
+    if COMPENSATED:
+        # p must sum to 1 and grad_s to grad_lse; float32 sees that lse and delta were rounded
+        norm = 1.0 / tl.where(p_sum == 0.0, 1.0, p_sum)
+        excess = grad_sum * norm - grad_lse
+        delta += excess
+        tl.store(norm_ptr + offs_row, norm, mask=mask_q)
+        acc0 = (acc[0] - excess[:, None] * key_sum[0]) * norm[:, None]
+        acc = acc0, (acc[1] - excess[:, None] * key_sum[1]) * norm[:, None]
+    tl.store(delta_ptr + offs_row, delta, mask=mask_q)
     acc = acc[0] * softmax_scale, acc[1] * softmax_scale
     grad_q_ptrs = _rows_from(grad_q_ptr, first_q, stride_out_t, 1, BLOCK_Q)
     _store(grad_q_ptrs, acc, mask_q, HEAD_DIM, D0, D1)
@@ -385,6 +404,7 @@ def _attend_bwd_dkv_kernel(
     v_ptr,  # [Tk, Hk, D]
     lse_ptr,  # [Hq, Tq]
     delta_ptr,  # [Hq, Tq]
+    norm_ptr,  # [Hq, Tq], or anything without COMPENSATED
     grad_k_ptr,  # [Tk, Hk, D]
     grad_v_ptr,  # [Tk, Hk, D]
     cu_seqlens_q_ptr,  # [S + 1]
@@ -405,6 +425,7 @@ def _attend_bwd_dkv_kernel(
     left,
     right,
     # compile-time
+    COMPENSATED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -458,6 +479,7 @@ def _attend_bwd_dkv_kernel(
         of_grad_out_ptr = _head_of(grad_out_ptr, begin_q, stride_out_t, head_q, HEAD_DIM, 1)
         of_lse_ptr = lse_ptr + head_q * num_q_tokens + begin_q
         of_delta_ptr = delta_ptr + head_q * num_q_tokens + begin_q
+        of_norm_ptr = norm_ptr + head_q * num_q_tokens + begin_q
         for part in tl.static_range(0 if HAS_RIGHT else 1, 3):
             for first_q in range(bounds[part], bounds[part + 1], BLOCK_Q):
                 mask_q = offs_q < (BLOCK_Q if part == 1 else len_q - first_q)
@@ -469,7 +491,14 @@ def _attend_bwd_dkv_kernel(
                 delta = tl.load(of_delta_ptr + first_q + offs_q, mask=mask_q, other=0.0)
 
                 # transposed, keys by queries
-                p = tl.exp2(_scores(k, q, D1, PRECISION) * scale - lse[None, :])
+                if COMPENSATED:  # with the bits that the other pass made up for
+                    s = tl.trans(_scores(q, k, D1, PRECISION))
+                    grad_p = tl.trans(_scores(grad_out, v, D1, PRECISION))
+                    norm = tl.load(of_norm_ptr + first_q + offs_q, mask=mask_q, other=0.0)
+                    p = tl.exp2(s * scale - lse[None, :]) * norm[None, :]
+                else:
+                    grad_p = _scores(v, grad_out, D1, PRECISION)
+                    p = tl.exp2(_scores(k, q, D1, PRECISION) * scale - lse[None, :])
                 if part != 1:
                     visible = _visible(
                         (offs_k - shift)[:, None], (first_q + offs_q)[None, :], len_q, right, left,
@@ -477,7 +506,7 @@ def _attend_bwd_dkv_kernel(
                     )  # fmt: skip
                     p = tl.where(visible, p, 0.0)
                 acc_v = _accumulate(acc_v, p, grad_out, D1, PRECISION)
-                grad_s = p * (_scores(v, grad_out, D1, PRECISION) - delta[None, :])
+                grad_s = p * (grad_p - delta[None, :])
                 acc_k = _accumulate(acc_k, grad_s, q, D1, PRECISION)
 
     acc_k = acc_k[0] * softmax_scale, acc_k[1] * softmax_scale
@@ -597,6 +626,8 @@ def attend_bwd(
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     delta = torch.empty_like(lse)
+    compensated = q.dtype == torch.float32
+    norm = torch.empty_like(lse) if compensated else delta
     strides, constants = _arguments(q, k, v, left, right)
     scalars = (softmax_scale, left, right)
     steps = num_segments.bit_length()
@@ -611,6 +642,7 @@ def attend_bwd(
             out,
             lse,
             delta,
+            norm,
             grad_q,
             cu_seqlens_q,
             cu_seqlens_k,
@@ -620,6 +652,7 @@ def attend_bwd(
             *strides,
             *scalars,
             HAS_GRAD_LSE=grad_lse is not None,
+            COMPENSATED=compensated,
             **constants,
             **tiles,
         )
@@ -632,6 +665,7 @@ def attend_bwd(
             v,
             lse,
             delta,
+            norm,
             grad_k,
             grad_v,
             cu_seqlens_q,
@@ -642,6 +676,7 @@ def attend_bwd(
             num_k_tokens,
             *strides,
             *scalars,
+            COMPENSATED=compensated,
             **constants,
             **tiles,
         )
