@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import current_target
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -379,7 +378,7 @@ def _attend_bwd_dq_kernel(
     if COMPENSATED:
         # p must sum to 1 and grad_s to grad_lse; float32 sees that lse and delta were rounded
         norm = 1.0 / tl.where(p_sum == 0.0, 1.0, p_sum)
-        excess = grad_sum * norm - grad_lse
+        excess = tl.where(p_sum == 0.0, 0.0, grad_sum * norm - grad_lse)
         delta += excess
         tl.store(norm_ptr + offs_row, norm, mask=mask_q)
         acc0 = (acc[0] - excess[:, None] * key_sum[0]) * norm[:, None]
@@ -516,29 +515,36 @@ def _attend_bwd_dkv_kernel(
     _store(grad_v_ptrs, acc_v, mask_k, HEAD_DIM, D0, D1)
 
 
-def _pieces(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+def _pieces(head_dim: int) -> tuple[int, int]:
     """Two powers of two, or one and 0, that hold a head of the next multiple of 16 channels."""
     width = triton.cdiv(head_dim, 16) * 16
     first = 1 << (width.bit_length() - 1)
     rest = width - first
-    if rest & (rest - 1):
-        first, rest = 2 * first, 0
-    # products of half as many channels spill no registers: of float32, and where Hopper's and
-    # Blackwell's read shared memory; Ampere's want whole heads for that
-    target = current_target()
-    halves = target is not None and target.backend == "cuda" and target.arch // 10 in (9, 10)
-    if first == 128 and (halves or dtype == torch.float32):
-        return 64, 64
-    return first, rest
+    return (first, rest) if rest & (rest - 1) == 0 else (2 * first, 0)
 
 
-def _tiles(pass_name: str, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes, warps and stages; none of these spills registers on sm_80, sm_90 or sm_100."""
-    if dtype == torch.float32:
-        tiles = (32, 32, 8, 1)
-    else:
-        tiles = {"fwd": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkv": (32, 64, 4, 2)}[pass_name]
-    return dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), tiles, strict=True))
+# BLOCK_Q, BLOCK_K, warps, stages of a pass by the largest head size they are for: of those that spill
+# no registers on sm_80, sm_90 and sm_100, with or without a window, the largest
+_TILES = {
+    "fwd": {64: (64, 32, 4, 2), 128: (64, 64, 4, 2)},
+    "dq": {80: (64, 32, 4, 2), 96: (64, 32, 4, 1), 128: (64, 32, 4, 2)},
+    "dkv": {64: (16, 128, 8, 1), 80: (16, 64, 4, 1), 96: (16, 128, 8, 1), 128: (16, 64, 4, 1)},
+}
+_TILES_FLOAT32 = {"fwd": (32, 32, 8, 1), "dq": (32, 32, 8, 1), "dkv": (32, 16, 4, 1)}
+
+
+def _tiles(pass_name: str, q: Tensor) -> dict[str, int]:
+    """Pieces of a head, tile sizes, warps and stages of a pass."""
+    head_dim, float32 = q.shape[2], q.dtype == torch.float32
+    pieces = _pieces(head_dim)
+    if pieces == (128, 0) and (float32 or pass_name == "dkv"):
+        pieces = 64, 64  # what is held of a head at once is half as much
+    by_head_dim = _TILES[pass_name]
+    tiles = by_head_dim[min(size for size in by_head_dim if size >= head_dim)]
+    if float32:
+        tiles = _TILES_FLOAT32[pass_name]
+    names = ("D0", "D1", "BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
+    return dict(zip(names, (*pieces, *tiles), strict=True))
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -550,14 +556,11 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[
     """Strides of q, k and v in units that the compiler can align to, and compile-time arguments."""
     strides = [s for x in (q, k, v) for s in x.stride()[:2]]
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
-    d0, d1 = _pieces(q.shape[2], q.dtype)
     return [s // unit for s in strides], {
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
         "GROUP": q.shape[1] // k.shape[1],
         "HEAD_DIM": q.shape[2],
-        "D0": d0,
-        "D1": d1,
         "STRIDE_UNIT": unit,
         "PRECISION": "ieee",  # of float32; tf32x3 on tensor cores would spill at these tiles
         "enable_fp_fusion": True,
@@ -582,7 +585,7 @@ def attend(
     if num_tokens == 0:
         return out, lse
     strides, constants = _arguments(q, k, v, left, right)
-    tiles = _tiles("fwd", q.dtype)
+    tiles = _tiles("fwd", q)
     _attend_fwd_kernel[(num_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
         q,
         k,
@@ -632,7 +635,7 @@ def attend_bwd(
     scalars = (softmax_scale, left, right)
     steps = num_segments.bit_length()
     if num_q_tokens:
-        tiles = _tiles("dq", q.dtype)
+        tiles = _tiles("dq", q)
         _attend_bwd_dq_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_q_heads)](
             grad_out,
             lse if grad_lse is None else grad_lse.contiguous(),
@@ -657,7 +660,7 @@ def attend_bwd(
             **tiles,
         )
     if num_k_tokens:
-        tiles = _tiles("dkv", q.dtype)
+        tiles = _tiles("dkv", q)
         _attend_bwd_dkv_kernel[(num_k_tokens // tiles["BLOCK_K"] + num_segments + 1, num_k_heads)](
             grad_out,
             q,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchpack.testing.catalogue import SPECS
-from patchpack.testing.contract import CHECKS, Subject, subjects
+from patchpack.testing.contract import CHECKS, Subject, floats, subjects
 
 
 def _subjects(device="cpu"):
@@ -54,7 +54,7 @@ def test_reference_has_the_gradient_of_its_values(op, case):
 
     def function(*tensors):
         result = spec.reference(**{**inputs, **dict(zip(spec.grads, tensors, strict=True))})
-        results = result if isinstance(result, tuple) else (result,)
-        return tuple(x for x in results if isinstance(x, torch.Tensor))
+        # lse is -inf where a query sees no key: finite differences say nothing there
+        return tuple(x[x.isfinite()] for x in floats(result))
 
     torch.autograd.gradcheck(function, leaves, fast_mode=True)

@@ -347,8 +347,8 @@ def test_the_launches_follow_from_the_numbers_of_tokens_and_segments():
         "_attend_bwd_dkv_kernel",
     ]
     assert all(launch.grid[1:] == (4, 1) for launch in launches)
-    # 113 rows in tiles of 64, and one for each of 3 segments and what lies past them
-    assert all(launch.grid[0] == 113 // 64 + 3 + 1 for launch in launches)
+    # 113 rows in tiles of 64 queries or 128 keys, one more for each of 3 segments and what is past
+    assert [launch.grid[0] for launch in launches] == [113 // n + 3 + 1 for n in (64, 64, 128)]
 
 
 def multiplications(launch):
@@ -363,11 +363,12 @@ def multiplications(launch):
 
 
 @pytest.mark.parametrize(
-    ("target", "head_dim"), [("sm_80", 72), ("sm_80", 80), ("sm_80", 96), ("sm_90", 80)]
+    ("target", "head_dim"),
+    [("sm_80", 72), ("sm_80", 80), ("sm_80", 96), ("sm_90", 72), ("sm_90", 80)],
 )
 def test_no_matrix_product_is_spent_on_padding(target, head_dim, monkeypatch):
     split = [multiplications(launch) for launch in launches_of(target, head_dim)]
-    monkeypatch.setattr(kernels, "_pieces", lambda *_: (128, 0))
+    monkeypatch.setattr(kernels, "_pieces", lambda _: (128, 0))
     padded = [multiplications(launch) for launch in launches_of(target, head_dim)]
     needed = -(-head_dim // 16) * 16
     assert all(split)
