@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchpack.kernels._tiles import compiler_options
+
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
 
@@ -34,7 +36,7 @@ def frequency_table(
             power = log_base * exponent.numerator / exponent.denominator
             turns = int(((-power).exp() / _TWO_PI * 2**64).to_integral_value()) % 2**64
             words.append((axis, _signed(turns >> 32), _signed(turns & 0xFFFFFFFF)))
-    return torch.tensor(words, dtype=torch.int32).T.contiguous().to(device)
+    return torch.tensor(words, dtype=torch.int32, device="cpu").T.contiguous().to(device)
 
 
 def _signed(word: int) -> int:
@@ -154,7 +156,7 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
         BLOCK_I=block_i,
         BLOCK_PASS=triton.next_power_of_2(max(head_dim - 2 * num_pairs, 1)),
         num_warps=4,
-        enable_fp_fusion=True,
+        **compiler_options(),
         **constants,
     )
     return q_out, k_out

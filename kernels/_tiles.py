@@ -1,7 +1,10 @@
-"""Device helpers used unchanged by two or more kernels."""
+"""Device helpers used unchanged by two or more kernels, and how kernels are compiled."""
+
+from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 
 @triton.jit
@@ -33,3 +36,12 @@ def cell_to_token(row, col, num_cols, MERGE: tl.constexpr):
     """The inverse of ``token_to_cell``."""
     block = (row // MERGE) * (num_cols // MERGE) + col // MERGE
     return block * (MERGE * MERGE) + (row % MERGE) * MERGE + col % MERGE
+
+
+def compiler_options() -> dict[str, Any]:
+    """What every launch asks of the compiler of its device."""
+    target = current_target()
+    if target is None or target.backend != "cuda":
+        return {"enable_fp_fusion": True}
+    # all registers a thread may have: left alone, ptxas spills some to fit one more block
+    return {"enable_fp_fusion": True, "maxnreg": 255}

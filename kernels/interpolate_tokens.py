@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import cell_to_token, find_grid, token_to_cell
+from patchpack.kernels._tiles import cell_to_token, compiler_options, find_grid, token_to_cell
 
 
 @triton.jit
@@ -393,4 +393,5 @@ def _launch(
         BLOCK_T=block_t,
         BLOCK_C=block_c,
         num_warps=4,
+        **compiler_options(),
     )

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchpack.kernels._tiles import compiler_options
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -523,14 +525,18 @@ def _pieces(head_dim: int) -> tuple[int, int]:
     return (first, rest) if rest & (rest - 1) == 0 else (2 * first, 0)
 
 
-# BLOCK_Q, BLOCK_K, warps, stages of a pass by the largest head size they are for: of those that spill
-# no registers on sm_80, sm_90 and sm_100, with or without a window, the largest
+# BLOCK_Q, BLOCK_K, warps and stages of each pass, by the largest head size they are for: tiles that
+# spill no registers on sm_80, sm_90 and sm_100, whatever the window
 _TILES = {
     "fwd": {64: (64, 32, 4, 2), 128: (64, 64, 4, 2)},
     "dq": {80: (64, 32, 4, 2), 96: (64, 32, 4, 1), 128: (64, 32, 4, 2)},
-    "dkv": {64: (16, 128, 8, 1), 80: (16, 64, 4, 1), 96: (16, 128, 8, 1), 128: (16, 64, 4, 1)},
+    "dkv": {128: (16, 64, 4, 1)},
 }
-_TILES_FLOAT32 = {"fwd": (32, 32, 8, 1), "dq": (32, 32, 8, 1), "dkv": (32, 16, 4, 1)}
+_TILES_FLOAT32 = {
+    "fwd": {128: (32, 32, 8, 1)},
+    "dq": {128: (32, 32, 8, 1)},
+    "dkv": {128: (32, 16, 8, 1)},
+}
 
 
 def _tiles(pass_name: str, q: Tensor) -> dict[str, int]:
@@ -539,12 +545,10 @@ def _tiles(pass_name: str, q: Tensor) -> dict[str, int]:
     pieces = _pieces(head_dim)
     if pieces == (128, 0) and (float32 or pass_name == "dkv"):
         pieces = 64, 64  # what is held of a head at once is half as much
-    by_head_dim = _TILES[pass_name]
-    tiles = by_head_dim[min(size for size in by_head_dim if size >= head_dim)]
-    if float32:
-        tiles = _TILES_FLOAT32[pass_name]
+    tiles = (_TILES_FLOAT32 if float32 else _TILES)[pass_name]
     names = ("D0", "D1", "BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
-    return dict(zip(names, (*pieces, *tiles), strict=True))
+    largest = min(size for size in tiles if size >= head_dim)
+    return dict(zip(names, (*pieces, *tiles[largest]), strict=True))
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -563,7 +567,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[
         "HEAD_DIM": q.shape[2],
         "STRIDE_UNIT": unit,
         "PRECISION": "ieee",  # of float32; tf32x3 on tensor cores would spill at these tiles
-        "enable_fp_fusion": True,
+        **compiler_options(),
     }
 
 

@@ -20,21 +20,11 @@ def compile_case(subject, target, **changes):
     return launches
 
 
-def _ops_and_targets():
-    # two of its 46 kernels keep one value on the stack though registers are free: to be found out
-    known = pytest.mark.xfail(strict=True, reason="8 bytes of stack in interpolate_tokens, sm_100")
-    return [
-        pytest.param(op, t, marks=[known] if (op, t) == ("interpolate_tokens", "sm_100") else [])
-        for op in SPECS
-        for t in TARGETS
-    ]
-
-
-@pytest.mark.parametrize(("op", "target"), _ops_and_targets())
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", SPECS)
 def test_no_kernel_spills_registers(op, target):
-    cases = list(SPECS[op].cases)
-    subjects = [Subject(op, case, torch.bfloat16) for case in cases]
-    subjects += [Subject(op, case, torch.float32) for case in cases[:2]]
+    dtypes = (torch.bfloat16, torch.float32)
+    subjects = [Subject(op, case, dtype) for case in SPECS[op].cases for dtype in dtypes]
     launches = [launch for subject in subjects for launch in compile_case(subject, target)]
     spilled = [launch for launch in launches if launch.spills or launch.stack]
     assert launches

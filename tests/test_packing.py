@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,13 +167,42 @@ def test_it_can_be_built_inside_a_compiled_function(drawn):
 
     grid, shifted = build(torch.tensor(sizes))
     assert grid.num_tokens == sum(t * h * w for t, h, w in sizes)
+    assert grid.max_seqlen == max(h * w for _, h, w in sizes)
     assert torch.equal(shifted, PackedGrid(sizes).cu_seqlens + 1)
+
+
+def test_a_default_device_changes_nothing():
+    """What the host knows stays there, as under ``torch.set_default_device("cuda")``."""
+    with torch.device("meta"):
+        grid = PackedGrid([(2, 4, 6), (1, 2, 2)], 2)
+        derived = [grid.merged(), grid.resized((2, 4)), grid.resized([(4, 2), (2, 2)])]
+        moved = PackedGrid([(4, 4)], device="meta").to("cpu")
+    for each in (grid, *derived, moved):
+        each.validate()
+        assert each.cu_seqlens.device.type == "cpu"
+
+
+def test_moving_to_the_host_reads_no_device():
+    PackedGrid([(4, 4)], 2, device="meta").to("cpu").validate()  # meta tensors hold no values
+
+
+def test_numpy_integers_are_integers():
+    grid = PackedGrid([(np.int32(4), np.uint8(4))], np.int64(2))
+    assert type(grid.spatial_merge_size) is int
+    assert grid.resized((np.int64(2), np.int64(4))).grid_thw.tolist() == [[1, 2, 4]]
+
+
+def test_a_grid_from_inference_mode_serves_training():
+    with torch.inference_mode():
+        grid = PackedGrid([(4, 4)])
+    assert not grid.geometry.is_inference()
+    assert not grid.position_ids.is_inference()
 
 
 def test_validate_sees_a_changed_tensor():
     grid = PackedGrid([(4, 4), (2, 2)])
     grid.cu_seqlens[1] = 7
-    with pytest.raises(ValueError, match=r"cu_seqlens must be \[0, 16, 20\], got \[0, 7, 20\]"):
+    with pytest.raises(ValueError, match=r"cu_seqlens\[1\] must be 16, got 7"):
         grid.validate()
 
 
@@ -191,7 +221,14 @@ def test_validate_sees_a_changed_tensor():
         (([(4, 4)], 0), ValueError, r"spatial_merge_size must be at least 1, got 0"),
         (([(4, 4)], 2.0), TypeError, r"spatial_merge_size must be an int, got 2.0"),
         (([(1, 65536, 65536)],), ValueError, r"fewer than 2\*\*31 tokens, got 4294967296"),
-        (([(2**62, 4, 4)],), ValueError, r"fewer than 2\*\*31 tokens"),
+        (([(1, 2**15, 2**16)],), ValueError, r"fewer than 2\*\*31 tokens, got 2147483648"),
+        (([(2**64, 4, 4)],), ValueError, r"grid_thw\[0\] must be below 2\*\*31 on every axis, got"),
+        ((torch.tensor([[2**62, 4, 4]]),), ValueError, r"fewer than 2\*\*31 tokens"),
+        (([4, 6],), ValueError, r"grid_thw\[0\] must be \(t, h, w\) or \(h, w\), got \(4,\)"),
+        ((5,), TypeError, r"grid_thw must be rows of integers or a tensor, got 5"),
+        ((None,), TypeError, r"grid_thw must be rows of integers or a tensor, got None"),
+        (([(4, 4)], 1, "no"), TypeError, r"merge_temporal must be a bool, got 'no'"),
+        ((torch.ones(1, 3, dtype=int), 1, 1), TypeError, r"merge_temporal must be a bool, got 1"),
     ],
 )
 def test_bad_sizes_are_named(arguments, error, message):

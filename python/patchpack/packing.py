@@ -8,9 +8,8 @@ once a batch, and every op that depends on the sizes takes it.
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +20,7 @@ _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
 # a registered op, so that a grid can be built inside torch.compile: its lengths are data there
 _LIBRARY.define(
     "grid_metadata(Tensor grid_thw, int spatial_merge_size, bool merge_temporal)"
-    " -> (Tensor geometry, Tensor cu_seqlens, Tensor tokens)"
+    " -> (Tensor geometry, Tensor cu_seqlens, Tensor tokens, Tensor longest)"
 )
 
 
@@ -44,9 +43,11 @@ def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
     segments = lengths if merge_temporal else np.repeat(rows * cols, frames)
     cu_seqlens = np.concatenate([[0], np.cumsum(segments)]).astype(np.int32)
     return (
-        torch.tensor(geometry),
-        torch.tensor(cu_seqlens),
-        torch.empty(int(offsets[-1]), 0),  # carries the number of tokens as a size
+        torch.from_numpy(geometry),
+        torch.from_numpy(cu_seqlens),
+        # carry numbers as sizes
+        torch.empty(int(offsets[-1]), 0, device="cpu"),
+        torch.empty(int(np.diff(cu_seqlens).max(initial=0)), 0, device="cpu"),
     )
 
 
@@ -62,19 +63,28 @@ def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
         grid_thw.new_empty(grid_thw.shape[0] + 1, 3),
         grid_thw.new_empty(context.new_dynamic_size(min=1), dtype=torch.int32),
         grid_thw.new_empty(context.new_dynamic_size(), 0, dtype=torch.float32),
+        grid_thw.new_empty(context.new_dynamic_size(), 0, dtype=torch.float32),
     )
+
+
+def _is_integer(n: object) -> bool:
+    return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
 
 
 def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     """Sizes as int64 ``[G, 3]``; a pair is a single frame."""
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"grid_thw must be rows of integers or a tensor, got {sizes!r}")
     rows = []
     for i, size in enumerate(sizes):
-        row = list(size)
+        row = tuple(size) if isinstance(size, Iterable) else (size,)
+        if not all(map(_is_integer, row)):
+            raise TypeError(f"grid_thw[{i}] must hold integers, got {row}")
         if len(row) not in (2, 3):
-            raise ValueError(f"grid_thw[{i}] must be (t, h, w) or (h, w), got {tuple(row)}")
-        if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in row):
-            raise TypeError(f"grid_thw[{i}] must hold integers, got {tuple(row)}")
-        rows.append([1] * (3 - len(row)) + row)
+            raise ValueError(f"grid_thw[{i}] must be (t, h, w) or (h, w), got {row}")
+        if max(row) >= 2**31:
+            raise ValueError(f"grid_thw[{i}] must be below 2**31 on every axis, got {row}")
+        rows.append((*(1,) * (3 - len(row)), *row))
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
@@ -97,11 +107,13 @@ def _pairs_on_host(
     if not isinstance(target_hw, Tensor):
         if not isinstance(target_hw, (list, tuple)):
             raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
-        single = len(target_hw) > 0 and isinstance(target_hw[0], int)
+        single = len(target_hw) > 0 and _is_integer(target_hw[0])
         for pair in [target_hw] if single else target_hw:
-            if not isinstance(pair, (list, tuple)) or [type(n) for n in pair] != [int, int]:
+            pairs = isinstance(pair, (list, tuple)) and len(pair) == 2
+            if not pairs or not all(map(_is_integer, pair)):
                 raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
-        target_hw = torch.tensor(target_hw, dtype=torch.int64).reshape((2,) if single else (-1, 2))
+        target_hw = torch.tensor(target_hw, dtype=torch.int64, device="cpu")
+        target_hw = target_hw.reshape((2,) if single else (-1, 2))
     if target_hw.is_floating_point() or target_hw.is_complex() or target_hw.dtype == torch.bool:
         raise TypeError(f"target_hw must have an integer dtype, got {target_hw.dtype}")
     if target_hw.device.type != "cpu":
@@ -131,12 +143,14 @@ class PackedGrid:
     Attributes:
         grid_thw: int64 ``[G, 3]``, on the CPU.
         num_tokens: ``T``, the length of the packed sequence, known on the host.
+        max_seqlen: Tokens of the longest attention segment, known on the host.
         geometry: int64 ``[G + 1, 3]``, on ``device``: first token, rows and columns of each grid;
             the last row is ``(T, 1, 1)``. It is what kernels read.
         cu_seqlens: int32 ``[S + 1]``, on ``device``: where attention segments begin and end.
 
     Raises:
-        TypeError: ``grid_thw`` or ``spatial_merge_size`` does not hold integers.
+        TypeError: ``grid_thw`` or ``spatial_merge_size`` does not hold integers, or
+            ``merge_temporal`` is not a bool.
         ValueError: A shape does not fit, a size is below 1, rows or columns do not divide by
             ``spatial_merge_size``, or there are 2**31 tokens or more.
     """
@@ -146,6 +160,7 @@ class PackedGrid:
     merge_temporal: bool
     device: torch.device
     num_tokens: int = field(init=False)
+    max_seqlen: int = field(init=False)
     geometry: Tensor = field(init=False, repr=False)
     cu_seqlens: Tensor = field(init=False, repr=False)
     _position_ids: Tensor | None = field(init=False, repr=False)
@@ -158,31 +173,35 @@ class PackedGrid:
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        m = spatial_merge_size
-        if isinstance(m, bool) or not isinstance(m, int):
-            raise TypeError(f"spatial_merge_size must be an int, got {m!r}")
+        if not _is_integer(spatial_merge_size):
+            raise TypeError(f"spatial_merge_size must be an int, got {spatial_merge_size!r}")
+        m = int(spatial_merge_size)
         if m < 1:
             raise ValueError(f"spatial_merge_size must be at least 1, got {m}")
-        if isinstance(grid_thw, Tensor):
-            device = grid_thw.device if device is None else device
-            sizes = _on_host(grid_thw)
-            metadata = torch.ops.patchpack.grid_metadata(sizes, m, merge_temporal)
-        else:
-            rows = _rows_of(grid_thw)
-            sizes = torch.tensor(rows)
-            metadata = _metadata(rows, m, merge_temporal)
-        geometry, cu_seqlens, tokens = metadata
-        device = torch.device(device or "cpu")
-        self._set(
-            grid_thw=sizes,
-            spatial_merge_size=m,
-            merge_temporal=merge_temporal,
-            device=device,
-            num_tokens=tokens.shape[0],
-            geometry=geometry.to(device, non_blocking=True),
-            cu_seqlens=cu_seqlens.to(device, non_blocking=True),
-            _position_ids=None,
-        )
+        if not isinstance(merge_temporal, bool):
+            raise TypeError(f"merge_temporal must be a bool, got {merge_temporal!r}")
+        with torch.inference_mode(False):  # or no backward pass could keep these tensors
+            if isinstance(grid_thw, Tensor):
+                device = grid_thw.device if device is None else device
+                sizes = _on_host(grid_thw)
+                metadata = torch.ops.patchpack.grid_metadata(sizes, m, merge_temporal)
+            else:
+                rows = _rows_of(grid_thw)
+                sizes = torch.from_numpy(rows)
+                metadata = _metadata(rows, m, merge_temporal)
+            geometry, cu_seqlens, tokens, longest = metadata
+            device = torch.device("cpu" if device is None else device)
+            self._set(
+                grid_thw=sizes,
+                spatial_merge_size=m,
+                merge_temporal=merge_temporal,
+                device=device,
+                num_tokens=tokens.shape[0],
+                max_seqlen=longest.shape[0],
+                geometry=geometry.to(device, non_blocking=True),
+                cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+                _position_ids=None,
+            )
 
     def _set(self, **fields) -> None:
         for name, value in fields.items():
@@ -197,13 +216,6 @@ class PackedGrid:
     def num_segments(self) -> int:
         """``S``, the number of attention segments."""
         return self.cu_seqlens.shape[0] - 1
-
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens of the longest attention segment, computed on the host."""
-        first = 0 if self.merge_temporal else 1
-        lengths = self.grid_thw[:, first:].prod(dim=1).tolist()
-        return max(lengths, default=0)
 
     @property
     def position_ids(self) -> Tensor:
@@ -228,10 +240,8 @@ class PackedGrid:
     def merged(self) -> PackedGrid:
         """The grid after every ``m x m`` block of patches became one token, in raster order."""
         m = self.spatial_merge_size
-        divisor = torch.tensor([1, m, m])
-        return PackedGrid(
-            self.grid_thw // divisor, 1, self.merge_temporal, device=self.geometry.device
-        )
+        merged = self.grid_thw // self.grid_thw.new_tensor([1, m, m])
+        return PackedGrid(merged, 1, self.merge_temporal, device=self.geometry.device)
 
     def resized(
         self,
@@ -263,14 +273,10 @@ class PackedGrid:
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         if device == self.geometry.device:
             return self
-        moved = copy.copy(self)
-        moved._set(
-            device=device,
-            _position_ids=None,
-            geometry=self.geometry.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+        # built anew from what the host knows: no device is waited for
+        return PackedGrid(
+            self.grid_thw, self.spatial_merge_size, self.merge_temporal, device=device
         )
-        return moved
 
     def validate(self) -> None:
         """Check that the device tensors say what ``grid_thw`` says. Waits for the device.
@@ -281,8 +287,14 @@ class PackedGrid:
         fresh = PackedGrid(self.grid_thw, self.spatial_merge_size, self.merge_temporal)
         for name in ("geometry", "cu_seqlens", "position_ids"):
             want, got = getattr(fresh, name), getattr(self, name).cpu()
-            if not torch.equal(want, got):
-                raise ValueError(f"{name} must be {want.tolist()}, got {got.tolist()}")
+            if want.shape != got.shape:
+                raise ValueError(
+                    f"{name} must have shape {list(want.shape)}, got {list(got.shape)}"
+                )
+            for row in (want != got).nonzero()[:1, 0].tolist():
+                raise ValueError(
+                    f"{name}[{row}] must be {want[row].tolist()}, got {got[row].tolist()}"
+                )
 
 
 def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
