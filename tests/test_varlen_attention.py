@@ -253,6 +253,16 @@ def test_either_result_alone_can_be_differentiated(impl):
     torch.testing.assert_close(of_both[1], of_out[1] + of_lse[1])
 
 
+def test_a_query_that_sees_one_key_does_not_move_it():
+    """Its softmax is 1 whatever the score, to float32's last bits."""
+    q, k, v = (x.requires_grad_() for x in (heads(40, 2, 80), heads(40, 2, 80), heads(40, 2, 80)))
+    out = varlen_attention(q, k, v, bounds(*[1] * 40), impl="triton")
+    grad_q, grad_k, grad_v = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert grad_q.abs().max() < 1e-12
+    assert (grad_k == 0).all()
+    assert grad_v.abs().max() > 1
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_segments_at_all(impl):
     q = heads(5)
