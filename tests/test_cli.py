@@ -244,7 +244,7 @@ def test_demo_fails_where_the_fused_path_is_wrong(photos, tmp_path, monkeypatch,
     ("options", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--max-pixels", "100"], "max_pixels must be at least"),
+        (["--max-pixels", "0"], "max_pixels must be above 0, got 0"),
     ],
 )
 def test_demo_refuses_options_that_make_no_sense(options, message, photos, tmp_path, capsys):

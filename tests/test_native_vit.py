@@ -1,6 +1,8 @@
 """The encoder as a whole: what it computes, and that it never asks where an image begins."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from patchpack import PackedGrid
 from patchpack.models import NativeViT, NativeViTConfig
 from patchpack.testing.compare import assert_as_accurate
 
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 CONFIG = NativeViTConfig(
     patch_size=4, hidden_size=64, depth=2, num_heads=2, mlp_ratio=2, out_size=24
 )
@@ -59,6 +62,52 @@ def test_fused_is_as_accurate_as_the_reference(dtype, changes):
         assert_as_accurate(name, got[name], baseline[name], want[name], one_op=False)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_it_computes_what_transformers_does(impl):
+    modeling = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    config = modeling.Qwen2VLConfig().vision_config
+    for name, value in {"depth": 3, "embed_dim": 160, "num_heads": 2, "hidden_size": 48}.items():
+        setattr(config, name, value)
+    original = modeling.Qwen2VisionTransformerPretrainedModel(config).eval()
+    for parameter in original.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = NativeViT(
+        NativeViTConfig(hidden_size=160, depth=3, num_heads=2, out_size=48), impl=impl
+    )
+    weights = original.state_dict()
+    kernel = weights["patch_embed.proj.weight"]
+    model.load_state_dict({**weights, "patch_embed.proj.weight": kernel.flatten(1)})
+
+    forward = original.forward  # gave a bare tensor before transformers 5
+    original.forward = lambda pixels, grid: getattr(
+        tokens := forward(pixels, grid.grid_thw), "pooler_output", tokens
+    )
+    grid = PackedGrid([(1, 4, 6), (2, 2, 8), (1, 6, 2)], 2)
+    pixels = torch.randn(grid.num_tokens, 1176)
+    got, want = _results(model, pixels, grid), _results(original, pixels, grid)
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        x = x.view_as(got[name])  # the kernel is flat
+        error = (got[name] - x).abs().max() / x.abs().max()
+        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_base": 100.0},
+        {"rope_axes": "even_odd"},
+        {"rope_axes": "paired"},
+        {"rope_interleaved": True},
+    ],
+    ids=lambda change: "-".join(map(str, *change.items())),
+)
+def test_every_option_of_the_rotary_embedding_matters(change):
+    pixels, grid = torch.cat(_images()), PackedGrid(SIZES, 2)
+    tokens = _model()(pixels, grid)
+    assert (_model(**change)(pixels, grid) - tokens).abs().max() > 1e-6
+
+
 def test_impl_may_change_at_any_time():
     model = _model("triton", torch.float32)
     pixels, grid = torch.cat(_images(dtype=torch.float32)), PackedGrid(SIZES, 2)
@@ -67,14 +116,17 @@ def test_impl_may_change_at_any_time():
     torch.testing.assert_close(fused, model(pixels, grid))
 
 
-def test_patch_embedding_is_a_convolution():
-    embed = _model().patch_embed
-    (pixels,) = _images([(1, 3, 5)])
-    window = (CONFIG.in_channels, CONFIG.temporal_patch_size, CONFIG.patch_size, CONFIG.patch_size)
+def test_golden_patch_embedding_is_a_convolution():
+    (case,) = (case for case in GOLDEN if case["function"] == "qwen2vl.conv3d_equals_linear")
+    config = NativeViTConfig(hidden_size=case["inputs"]["embed"], num_heads=1, depth=0)
+    assert config.patch_dim == case["inputs"]["in_dim"]
+    embed = NativeViT(config).patch_embed
+    pixels = torch.randn(15, config.patch_dim)
+    window = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
     want = torch.nn.functional.conv3d(
         pixels.unflatten(1, window), embed.proj.weight.unflatten(1, window)
     )
-    torch.testing.assert_close(embed(pixels), want.flatten(1))
+    torch.testing.assert_close(embed(pixels), want.flatten(1), rtol=0, atol=case["tol"])
 
 
 def test_packed_images_have_the_tokens_they_have_alone():
@@ -188,9 +240,48 @@ def test_rejects_what_does_not_fit(columns, grid, message):
         _model()(torch.zeros(48, columns), grid)
 
 
-def test_rejects_heads_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"hidden_size must divide by 4 \* num_heads = 12, got 64"):
-        NativeViTConfig(hidden_size=64, num_heads=3)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_rejects_pixels_that_are_not_floating(dtype):
+    pixels = torch.zeros(48, 96, dtype=dtype)
+    with pytest.raises(TypeError, match=f"pixels must be floating, got {dtype}"):
+        _model()(pixels, PackedGrid(SIZES, 2))
+
+
+SIZE_NAMES = (
+    *("patch_size", "temporal_patch_size", "in_channels", "hidden_size", "num_heads"),
+    *("spatial_merge_size", "out_size"),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *(({name: 0}, ValueError, f"{name} must be at least 1, got 0") for name in SIZE_NAMES),
+        ({"num_heads": -16}, ValueError, "num_heads must be at least 1, got -16"),
+        ({"depth": -1}, ValueError, "depth must be at least 0, got -1"),
+        ({"depth": 2.0}, TypeError, "depth must be an integer, got 2.0"),
+        ({"spatial_merge_size": "2"}, TypeError, "spatial_merge_size must be an integer, got '2'"),
+        ({"num_heads": True}, TypeError, "num_heads must be an integer, got True"),
+        (
+            {"hidden_size": 64, "num_heads": 3},
+            ValueError,
+            "hidden_size must divide by 4 * num_heads = 12, got 64",
+        ),
+        ({"mlp_ratio": 0}, ValueError, "mlp_ratio must be above 0, got 0"),
+        ({"mlp_ratio": None}, TypeError, "mlp_ratio must be a number, got None"),
+        ({"rope_base": -1.0}, ValueError, "rope_base must be above 0, got -1.0"),
+        ({"rope_base": "1e4"}, TypeError, "rope_base must be a number, got '1e4'"),
+        (
+            {"rope_axes": "rows"},
+            ValueError,
+            "rope_axes must be one of 'split', 'even_odd', 'paired', got 'rows'",
+        ),
+    ],
+)
+def test_a_config_names_what_it_refuses(change, error, message):
+    with pytest.raises(error) as raised:
+        NativeViTConfig(**change)
+    assert str(raised.value) == message
 
 
 def test_impl_that_is_not_available_is_refused():

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,11 @@ def test_plan_refuses_the_empty_image_that_smart_resize_can_give():
     with pytest.raises(ValueError, match=message):
         plan(30, 6000, **options)
     with pytest.raises(ValueError, match="must leave at least one token a side"):
-        plan_video(768, None, 60, 12000)
+        plan_video(768, None, 60, 12000, nframes=768)
+    options = {"max_pixels": 100352, "variant": "transformers_4_45"}
+    assert smart_resize(28, 5600, **options) == (0, 4480)
+    with pytest.raises(ValueError, match="must leave at least one token a side"):
+        plan(28, 5600, **options)
 
 
 @golden("token_count")
@@ -136,6 +141,53 @@ def test_every_size_has_a_consistent_plan_or_a_clear_error(height, width, varian
     assert area >= least
 
 
+AREAS = st.integers(1, 2_000_000)
+
+
+@settings(deadline=None, max_examples=300)
+@given(SIZES, SIZES, AREAS, AREAS)
+def test_limits_may_cross_as_in_transformers(height, width, least, most):
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    if max(height, width) <= 200 * min(height, width):
+        want = module.smart_resize(height, width, 28, least, most)
+        assert smart_resize(height, width, min_pixels=least, max_pixels=most) == want
+
+
+def test_too_many_pixels_are_looked_for_before_too_few():
+    limits = {"min_pixels": 100 * 784, "max_pixels": 25 * 784}
+    for variant in qwen2_vl.IMAGE_TOKENS:
+        assert smart_resize(280, 280, **limits, variant=variant) == (140, 140)
+        assert smart_resize(112, 112, **limits, variant=variant) == (280, 280)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16])
+def test_numpy_integers_are_as_good_as_pythons(kind):
+    sizes = {"height": 50_000, "width": 60_000, "patch_size": 14}
+    p = plan(**{name: kind(n) for name, n in sizes.items()}, max_pixels=kind(50_000))
+    assert p == plan(**sizes, max_pixels=50_000)
+    numbers = (p.height, p.width, *p.resized, *p.grid_thw, p.patch_size)
+    assert all(type(n) is int for n in numbers)
+    p = plan_video(kind(1000), kind(30), kind(480), kind(640), min_frames=kind(2))
+    assert p == plan_video(1000, 30, 480, 640, min_frames=2)
+    assert all(type(n) is int for n in (p.height, p.width, *p.frame_indices, *p.grid_thw))
+    assert max_frame_pixels(kind(100), factor=kind(28)) == max_frame_pixels(100)
+    assert smart_nframes(kind(1000), kind(30), max_frames=kind(9)) == 8
+    assert frame_indices(kind(1000), kind(4)) == frame_indices(1000, 4)
+
+
+def test_any_real_number_is_a_rate_or_a_limit():
+    for fps in (np.float32(29.97), np.float64(29.97), Fraction(30_000, 1001)):
+        assert plan_video(300, fps, 480, 640) == plan_video(300, 29.97, 480, 640)
+    assert smart_nframes(300, 30, fps=Fraction(1, 2)) == smart_nframes(300, 30, fps=0.5)
+    for total in (np.float32(10**6), np.int32(10**6), Fraction(10**6)):
+        limit = max_frame_pixels(10, total_pixels=total)
+        assert limit == 200_000
+        assert type(limit) is float
+    assert smart_resize(480, 640, max_pixels=Fraction(10**6, 3)) == smart_resize(
+        480, 640, max_pixels=10**6 / 3
+    )
+
+
 @pytest.mark.parametrize("patch_size", [14, 16])
 @pytest.mark.parametrize("merge_size", [1, 2, 4])
 def test_a_plan_follows_patch_and_merge_size(patch_size, merge_size):
@@ -155,10 +207,14 @@ def test_a_plan_follows_patch_and_merge_size(patch_size, merge_size):
         ({"patch_size": 0}, ValueError, "patch_size must be at least 1, got 0"),
         ({"merge_size": "2"}, TypeError, "merge_size must be an integer, got '2'"),
         ({"min_pixels": 0}, ValueError, "min_pixels must be above 0, got 0"),
+        ({"max_pixels": math.nan}, ValueError, "max_pixels must be above 0, got nan"),
+        ({"min_pixels": "many"}, TypeError, "min_pixels must be a number, got 'many'"),
+        ({"min_pixels": math.inf}, ValueError, "min_pixels must be below 2**63, got inf"),
+        ({"height": 2**63}, ValueError, f"height must be below 2**63, got {2**63}"),
         (
-            {"min_pixels": 5000, "max_pixels": 4000},
+            {"height": 10**200, "width": 10**200},
             ValueError,
-            "max_pixels must be at least min_pixels=5000, got 4000",
+            f"height must be below 2**63, got {10**200}",
         ),
         (
             {"variant": "qwen"},
@@ -211,7 +267,8 @@ def test_the_budget_of_a_video_is_the_originals(inputs, outputs):
     limits = {name: inputs[name] for name in ("min_pixels", "total_pixels")}
     assert inputs["cap"] == 768 * 28**2
     assert max_frame_pixels(inputs["nframes"], **limits) == outputs["max_pixels"]
-    p = plan_video(inputs["nframes"], None, inputs["height"], inputs["width"], **limits)
+    n = inputs["nframes"]
+    p = plan_video(n, None, inputs["height"], inputs["width"], nframes=n, **limits)
     assert list(p.resized) == outputs["hw"]
     assert list(p.grid_thw) == outputs["grid_thw"]
     assert p.llm_tokens == outputs["llm_tokens"]
@@ -235,6 +292,18 @@ def test_the_versions_of_the_sampler_differ_where_they_should():
         for variant in ("0_0_8", "0_0_14")
     }
     assert sizes == {"0_0_8": (672, 1176), "0_0_14": (560, 1008)}
+    # and below the budget both keep to it
+    for variant in qwen2_vl.VIDEO_TOKENS:
+        p = plan_video(300, 30, 1080, 1920, max_pixels=200 * 784, variant=variant)
+        assert p.resized == (280, 504)
+    # limits that cross: only the later version refuses them
+    limits = {"max_pixels": 50_176, "variant": "qwen_vl_utils_0_0_8"}
+    assert plan_video(300, 30, 1080, 1920, **limits).resized == (168, 280)
+    message = (
+        "max_pixels must be at least min_pixels=100352 in variant 'qwen_vl_utils_0_0_14', got 50176"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_video(300, 30, 1080, 1920, max_pixels=50_176, variant="qwen_vl_utils_0_0_14")
     # a share need not be whole
     assert max_frame_pixels(100) == 385_351.68
     # 0.9 of 128000 tokens
@@ -249,6 +318,53 @@ def test_frames_chosen_beforehand_are_all_used(total_frames):
     p = plan_video(total_frames, None, 480, 640)
     assert p.frame_indices == tuple(range(total_frames))
     assert p.grid_thw[0] == math.ceil(total_frames / 2)
+
+
+def test_frames_chosen_beforehand_share_the_budget_of_a_video():
+    for variant in ("qwen_vl_utils_0_0_8", "qwen_vl_utils_0_0_14"):
+        chosen = plan_video(128, None, 720, 1280, variant=variant)
+        assert chosen == plan_video(128, None, 720, 1280, nframes=128, variant=variant)
+    assert plan_video(128, None, 720, 1280).resized == (392, 728)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"max_frames": 16},
+            "min_frames and max_frames must be left out where all frames are used, got 4 and 16",
+        ),
+        (
+            {"min_frames": 8},
+            "min_frames and max_frames must be left out where all frames are used, got 8 and None",
+        ),
+    ],
+)
+def test_limits_that_chosen_frames_do_not_have_are_refused(options, message):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        plan_video(64, None, 480, 640, **options)
+    assert str(raised.value) == message
+
+
+def test_the_default_device_and_dtype_do_not_matter():
+    image, video = picture(61, 95), [picture(61, 95, seed=i) for i in range(3)]
+    calls = [
+        lambda: frame_indices(2**24 + 11, 4),  # 24 bits round these
+        lambda: plan_video(300, 30, 480, 640),
+        lambda: preprocess([image, video]),
+        lambda: preprocess([torch.zeros(3, 56, 56, device="cpu")]),
+    ]
+    want = [call() for call in calls]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = [call() for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got[:2] == want[:2]
+    for (pixels, grid), (want_pixels, want_grid) in zip(got[2:], want[2:], strict=True):
+        assert torch.equal(pixels, want_pixels)
+        assert torch.equal(grid.cu_seqlens, want_grid.cu_seqlens)
 
 
 @settings(deadline=None)
@@ -301,6 +417,9 @@ def test_every_video_has_a_consistent_plan_or_a_clear_error(total, fps, height, 
         ({"total_frames": 0}, ValueError, "total_frames must be at least 1, got 0"),
         ({"max_frames": 0}, ValueError, "max_frames must be at least 1, got 0"),
         ({"total_pixels": -1}, ValueError, "total_pixels must be above 0, got -1"),
+        ({"max_pixels": "many"}, TypeError, "max_pixels must be a number, got 'many'"),
+        ({"total_frames": 10**200}, ValueError, r"total_frames must be below 2\*\*63, got 1000"),
+        ({"video_fps": "fast"}, TypeError, "video_fps must be a number, got 'fast'"),
         ({"variant": "qwen_vl_utils"}, ValueError, "variant must be one of 'qwen_vl_utils_0_0_8'"),
     ],
 )
@@ -308,6 +427,19 @@ def test_plan_video_names_what_it_refuses(arguments, error, message):
     call = {"total_frames": 300, "video_fps": 30, "height": 480, "width": 640, **arguments}
     with pytest.raises(error, match=message):
         plan_video(**call)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 4), ValueError, "total_frames must be at least 1, got 0"),
+        ((300, -6), ValueError, "nframes must be at least 1, got -6"),
+        ((300.0, 4), TypeError, "total_frames must be an integer, got 300.0"),
+    ],
+)
+def test_frame_indices_names_what_it_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        frame_indices(*arguments)
 
 
 # Patches -----------------------------------------------------------------------------------------
@@ -353,6 +485,11 @@ def test_every_frame_is_a_segment(inputs, outputs):
 def test_patchify_names_what_it_refuses(shape):
     with pytest.raises(ValueError, match=r"frames must have .*, got \["):
         patchify(np.zeros(shape))
+
+
+def test_patchify_refuses_a_patch_of_nothing():
+    with pytest.raises(ValueError, match="patch_size must be at least 1, got 0"):
+        patchify(np.zeros((1, 3, 28, 28)), patch_size=0)
 
 
 SMALL = [(56, 84), (100, 60), (37, 200), (224, 224), (300, 411)]
@@ -403,15 +540,54 @@ def test_every_kind_of_image_gives_the_same_pixels():
         assert torch.equal(preprocess([one])[0], want)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_becomes_white(mode):
+def clear():
+    """Images of which nothing can be seen, by what makes them so."""
     image = picture(56, 56, "RGBA")
     image.putalpha(0)
-    if mode == "P":
-        image = PIL.Image.new("P", (56, 56), 7)
-        image.info["transparency"] = 7
+    colour = PIL.Image.new("P", (56, 56), 7)
+    colour.info["transparency"] = 7
+    return {
+        **{mode: image.convert(mode) for mode in ("RGBA", "RGBa", "LA")},
+        "La": image.convert("LA").convert("La"),
+        "transparent colour": colour,
+        "RGBA palette": image.quantize(64),
+    }
+
+
+@pytest.mark.parametrize("kind", clear())
+def test_transparency_becomes_white(kind):
     white = preprocess([PIL.Image.new("RGB", (56, 56), "white")])[0]
-    assert torch.equal(preprocess([image if mode == "P" else image.convert(mode)])[0], white)
+    assert torch.equal(preprocess([clear()[kind]])[0], white)
+
+
+def test_half_transparency_is_half_white():
+    image = PIL.Image.new("LA", (56, 56), (100, 128))
+    grey = PIL.Image.new("L", (56, 56), round(100 * 128 / 255 + 127))
+    for one in (image, image.convert("La")):
+        got = preprocess([one], mean=(0, 0, 0), std=(1, 1, 1))[0]
+        want = preprocess([grey], mean=(0, 0, 0), std=(1, 1, 1))[0]
+        assert (got - want).abs().max() < 1.5 / 255
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+def test_floats_are_rounded_once(dtype):
+    tensor = torch.linspace(0, 1, 56 * 56, dtype=torch.float64).to(getattr(torch, dtype))
+    tensor = tensor.view(56, 56)
+    tensor[0, 0] = (127.5 - 1e-6) / 255  # only float64 tells it from 127.5
+    byte = (tensor.double() * 255).round().to(torch.uint8)
+    want = preprocess([byte])[0]
+    assert torch.equal(preprocess([tensor])[0], want)
+    if dtype != "bfloat16":
+        assert torch.equal(preprocess([tensor.numpy()])[0], want)
+
+
+def test_images_and_plans_may_be_any_iterable():
+    images = [picture(56, 84, seed=i) for i in range(2)]
+    plans = [plan(56, 84, min_pixels=10_000)] * 2
+    want, _ = preprocess(images, plans)
+    array = np.stack([np.array(image) for image in images])
+    for some in (tuple(images), iter(images), array, torch.from_numpy(array).permute(0, 3, 1, 2)):
+        assert torch.equal(preprocess(some, iter(plans))[0], want)
 
 
 def test_every_kind_of_video_gives_the_same_pixels():
@@ -508,8 +684,25 @@ IMAGE = np.zeros((56, 56, 3), np.uint8)
             ValueError,
             r"plans must share patch, temporal and merge size, got \[\(14, 2, 1\), \(14, 2, 2\)\]",
         ),
+        (
+            PIL.Image.new("RGB", (56, 56)),
+            {},
+            TypeError,
+            "images must be a sequence of images, got one image, Image",
+        ),
+        *(
+            (one, {}, TypeError, "images must be a sequence of images, got one image, ")
+            for one in (IMAGE, IMAGE[..., 0], torch.from_numpy(IMAGE).permute(2, 0, 1))
+        ),
+        ([IMAGE], {"plans": plan(56, 56)}, TypeError, "sequence of plans, got one plan, Plan"),
+        ([IMAGE], {"plans": [(1, 4, 4)]}, TypeError, r"plans\[0\] must be a Plan, got tuple"),
         ([IMAGE], {"dtype": torch.uint8}, TypeError, "dtype must be floating, got torch.uint8"),
+        ([IMAGE], {"dtype": "float32"}, TypeError, "dtype must be floating, got 'float32'"),
         ([IMAGE], {"std": (1, 1)}, ValueError, r"std must have 3 numbers, got \(1, 1\)"),
+        ([IMAGE], {"mean": 0.5}, ValueError, "mean must have 3 numbers, got 0.5"),
+        ([IMAGE], {"mean": (0, 0, math.nan)}, ValueError, "mean must have 3 numbers, got"),
+        ([IMAGE], {"std": (1, 0, 1)}, ValueError, r"std must be above 0, got \(1, 0, 1\)"),
+        ([IMAGE], {"std": (1, -1, 1)}, ValueError, r"std must be above 0, got \(1, -1, 1\)"),
     ],
 )
 def test_preprocess_names_what_it_refuses(images, options, error, message):
@@ -608,11 +801,13 @@ def test_packed_samples_have_the_positions_of_the_loop(samples, tail):
     ids = [token for sample in samples for token in sample.ids]
     bounds = [0, *itertools.accumulate(len(sample.ids) for sample in samples)]
     want = torch.tensor([at for sample in samples for at in sample.positions] + [(1, 1, 1)] * tail)
-    positions, deltas = mrope_position_ids(
-        torch.tensor(ids + [TEXT] * tail),
+    call = {
+        "input_ids": torch.tensor(ids + [IMAGE_PAD] * tail),
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         **grids_of(samples),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-    )
+    }
+    validate_vision_tokens(**call)
+    positions, deltas = mrope_position_ids(**call)
     assert torch.equal(positions, want.T)
     assert deltas.tolist() == [[sample.next - len(sample.ids)] for sample in samples]
 
@@ -628,6 +823,7 @@ def test_padding_inside_a_sample_is_left_out(sample, data):
     ids = torch.full((len(holes) + len(sample.ids),), filler)
     mask = torch.zeros_like(ids)
     ids[places], mask[places] = torch.tensor(sample.ids), 1
+    validate_vision_tokens(ids, **grids_of([sample]), attention_mask=mask)
     positions, _ = mrope_position_ids(ids, **grids_of([sample]), attention_mask=mask)
     assert torch.equal(positions[:, places], torch.tensor(sample.positions).T)
     assert (positions[:, mask == 0] == 1).all()
@@ -683,6 +879,36 @@ def test_vision_tokens_are_the_markup_around_the_pads():
     p = plan_video(2, None, 56, 56)
     assert p.grid_thw[0] == 1
     assert vision_tokens(p) == [VISION_START, *[VIDEO_PAD] * p.llm_tokens, VISION_END]
+
+
+def test_other_token_ids_have_the_same_positions():
+    other = {VISION_START: 3, VISION_END: 0, IMAGE_PAD: 1, VIDEO_PAD: 2}
+    names = {
+        "vision_start_token_id": other[VISION_START],
+        "image_token_id": other[IMAGE_PAD],
+        "video_token_id": np.int64(other[VIDEO_PAD]),
+    }
+    for p in (plan(56, 56), plan_video(2, None, 56, 56)):
+        got = vision_tokens(p, **names, vision_end_token_id=other[VISION_END])
+        assert got == [other[token] for token in vision_tokens(p)]
+    for call in calls().values():
+        want = mrope_position_ids(**call)
+        ids = call["input_ids"]
+        # the usual ids are text now
+        shuffled = torch.where(ids == TEXT, VISION_START, ids)
+        for old, new in other.items():
+            shuffled = torch.where(ids == old, new, shuffled)
+        call = {**call, **names, "input_ids": shuffled}
+        validate_vision_tokens(**call)
+        for a, b in zip(mrope_position_ids(**call), want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_more_images_than_grids_read_nothing_out_of_bounds():
+    ids = torch.tensor([VISION_START, IMAGE_PAD, VISION_END] * 5)
+    positions, deltas = mrope_position_ids(ids, GRID)
+    assert positions.shape == (3, 15)
+    assert deltas.shape == (1, 1)
 
 
 def test_a_plan_a_prompt_and_its_positions_fit_together():
@@ -834,16 +1060,28 @@ GRID = torch.tensor([[1, 2, 2]])
             "cu_seqlens must have at least one bound, got []",
         ),
         ({"merge_size": 0}, ValueError, "merge_size must be at least 1, got 0"),
+        ({"image_token_id": None}, TypeError, "image_token_id must be an integer, got None"),
+        ({"video_token_id": -1}, ValueError, "video_token_id must be at least 0, got -1"),
+        (
+            {"vision_start_token_id": 0.5},
+            TypeError,
+            "vision_start_token_id must be an integer, got 0.5",
+        ),
     ],
 )
-def test_mrope_position_ids_names_what_it_refuses(arguments, error, message):
+@pytest.mark.parametrize("function", [mrope_position_ids, validate_vision_tokens])
+def test_mrope_position_ids_names_what_it_refuses(arguments, error, message, function):
     with pytest.raises(error) as raised:
-        mrope_position_ids(**{"input_ids": IDS, "image_grid_thw": GRID, **arguments})
+        function(**{"input_ids": IDS, "image_grid_thw": GRID, **arguments})
     assert str(raised.value) == message
 
 
+def bounds(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
-    ("ids", "grids", "message"),
+    ("ids", "arguments", "message"),
     [
         (IDS, {}, "image tokens of the lengths that image_grid_thw says, [], got [1]"),
         (IDS, {"image_grid_thw": 2 * GRID}, "image_grid_thw says, [8], got [1]"),
@@ -859,12 +1097,68 @@ def test_mrope_position_ids_names_what_it_refuses(arguments, error, message):
             {"image_grid_thw": GRID},
             "input_ids must have 151652 before a run of image tokens, got 10",
         ),
+        # where nothing is before the run, the last token is not
+        (
+            torch.tensor([IMAGE_PAD, VISION_END, TEXT, VISION_START]),
+            {"image_grid_thw": GRID},
+            "input_ids must have 151652 before a run of image tokens, got none",
+        ),
+        # nor is the row before, or the sample
+        (
+            torch.tensor([[TEXT, VISION_START], [IMAGE_PAD, VISION_END]]),
+            {"image_grid_thw": GRID},
+            "input_ids must have 151652 before a run of image tokens, got none",
+        ),
+        (
+            torch.tensor([TEXT, VISION_START, IMAGE_PAD, VISION_END]),
+            {"image_grid_thw": GRID, "cu_seqlens": bounds(0, 2, 4)},
+            "input_ids must have 151652 before a run of image tokens, got none",
+        ),
+        # and no run goes on in the next
+        (
+            torch.tensor([[VISION_START, IMAGE_PAD, IMAGE_PAD], [IMAGE_PAD, IMAGE_PAD, TEXT]]),
+            {"image_grid_thw": torch.tensor([[1, 4, 4]])},
+            "image_grid_thw says, [4], got [2, 2]",
+        ),
+        (
+            torch.tensor([VISION_START, *[VIDEO_PAD] * 4, TEXT]),
+            {"video_grid_thw": torch.tensor([[1, 4, 4]]), "cu_seqlens": bounds(0, 3, 6)},
+            "video_grid_thw says, [4], got [2, 2]",
+        ),
+        (
+            IDS[0],
+            {"image_grid_thw": GRID, "cu_seqlens": bounds(0, 2)},
+            "image_grid_thw says, [1], got []",
+        ),
+        *(
+            (
+                IDS[0],
+                {"image_grid_thw": GRID, "cu_seqlens": bounds(*values)},
+                "cu_seqlens must rise from 0 to at most 4, the length of input_ids,"
+                f" got {list(values)}",
+            )
+            for values in ((1, 4), (0, 5), (0, 3, 2, 4))
+        ),
+        *(
+            (
+                IDS,
+                {"image_grid_thw": torch.tensor([[1, 2, 2], grid])},
+                "image_grid_thw[1] must be at least 1 on every axis, with rows and columns that"
+                f" divide by merge_size=2, got {grid}",
+            )
+            for grid in ([1, 1, 4], [1, 4, 1], [1, 0, 2], [-1, -2, 2])
+        ),
     ],
 )
-def test_validate_vision_tokens_names_what_does_not_fit(ids, grids, message):
+def test_validate_vision_tokens_names_what_does_not_fit(ids, arguments, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        validate_vision_tokens(ids, **grids)
+        validate_vision_tokens(ids, **arguments)
     assert str(raised.value).endswith(message)
+
+
+def test_no_sample_has_no_tokens_to_validate():
+    validate_vision_tokens(torch.empty(0, 5, dtype=torch.int64))
+    validate_vision_tokens(IDS[0], cu_seqlens=bounds(0))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,8 @@ transformers, whose weights fit once ``patch_embed.proj.weight`` is flattened to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ class NativeViTConfig:
         rope_interleaved: Which channels turn together: see ``patchpack.rope_2d``.
 
     Raises:
-        ValueError: ``hidden_size`` does not give ``num_heads`` heads whose size divides by 4.
+        ValueError: A size is not positive (``depth`` may be 0), ``hidden_size`` does not give
+            ``num_heads`` heads whose size divides by 4, or ``rope_axes`` is unknown.
+        TypeError: A size is not a number, or not an integer where it is no ratio or base.
     """
 
     patch_size: int = 14
@@ -56,6 +59,17 @@ class NativeViTConfig:
     rope_interleaved: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float":
+                _check.positive(field.name, value)
+            elif field.type == "int":
+                if isinstance(value, bool) or not isinstance(value, Integral):
+                    raise TypeError(f"{field.name} must be an integer, got {value!r}")
+                least = 0 if field.name == "depth" else 1
+                if value < least:
+                    raise ValueError(f"{field.name} must be at least {least}, got {value}")
+        _check.one_of("rope_axes", self.rope_axes, ("split", "even_odd", "paired"))
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size must divide by 4 * num_heads = {4 * self.num_heads},"
@@ -185,6 +199,8 @@ class NativeViT(nn.Module):
         """
         config = self.config
         _check.shape("pixels", pixels, None, config.patch_dim)
+        if not pixels.is_floating_point():
+            raise TypeError(f"pixels must be floating, got {pixels.dtype}")
         _check.grid_of("pixels", pixels, grid)
         if grid.spatial_merge_size != config.spatial_merge_size:
             raise ValueError(

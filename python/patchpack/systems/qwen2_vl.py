@@ -12,8 +12,9 @@ their limits differ; here one plan decides.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -50,6 +51,7 @@ FRAME_TOKENS = (128, 768)
 # most language-model tokens of a video; not kept where the fewest per frame add up to more
 VIDEO_TOKENS = {"qwen_vl_utils_0_0_8": 24_576, "qwen_vl_utils_0_0_14": 115_200}
 SAMPLED_FPS = 2.0
+MIN_FRAMES = 4
 MAX_FRAMES = 768
 
 
@@ -70,7 +72,9 @@ def smart_resize(
     Each side becomes the nearest multiple of ``factor`` (halves to even). If the product leaves the
     budget, both sides are scaled by one ratio and rounded, down where there are too many pixels, up
     where there are too few. The area can stay above ``max_pixels`` only where a side is already
-    ``factor``, or where rounding up passes a budget narrower than that.
+    ``factor``, or where rounding up passes a budget narrower than that. Where the limits cross,
+    too many pixels are looked for first: what is above ``max_pixels`` shrinks to it, below
+    ``min_pixels`` or not, and only what is below both grows.
 
     Args:
         height: Height of the image, in pixels.
@@ -79,27 +83,26 @@ def smart_resize(
         min_pixels: Smallest area; by default 4 tokens.
         max_pixels: Largest area; by default 1280 tokens, and 16384 in ``"qwen_vl_utils"``.
         variant: Whose rules for thin images. ``"transformers"`` keeps a side of at least ``factor``
-            when it shrinks. ``"transformers_4_45"`` refuses sides below ``factor``.
-            ``"qwen_vl_utils"`` lifts sides to ``factor`` before it looks at the budget and not
-            after, so a thin image over the budget gets a side of **0**. ``plan`` refuses that.
+            when it shrinks. ``"transformers_4_45"`` refuses sides below ``factor``, and
+            ``"qwen_vl_utils"`` lifts them to ``factor`` before it looks at the budget; neither
+            looks again, so a thin image over the budget gets a side of **0**. ``plan`` refuses
+            that.
 
     Returns:
         Height and width after resizing, in pixels, multiples of ``factor``.
 
     Raises:
-        ValueError: A size or limit is not positive, the limits cross, one side is over 200 times
-            the other, or is below ``factor`` in ``"transformers_4_45"``.
+        ValueError: A size or limit is not positive or not below 2**63, or one side is over 200
+            times the other, or is below ``factor`` in ``"transformers_4_45"``.
         TypeError: A size or limit is not a number.
     """
     _check.one_of("variant", variant, IMAGE_TOKENS)
-    _natural(height=height, width=width, factor=factor)
+    height, width, factor = _integers(height=height, width=width, factor=factor)
     min_tokens, max_tokens = IMAGE_TOKENS[variant]
-    min_pixels = min_tokens * factor**2 if min_pixels is None else min_pixels
-    max_pixels = max_tokens * factor**2 if max_pixels is None else max_pixels
-    _check.positive("min_pixels", min_pixels)
-    _check.positive("max_pixels", max_pixels)
-    if max_pixels < min_pixels:
-        raise ValueError(f"max_pixels must be at least min_pixels={min_pixels}, got {max_pixels}")
+    min_pixels, max_pixels = _numbers(
+        min_pixels=min_tokens * factor**2 if min_pixels is None else min_pixels,
+        max_pixels=max_tokens * factor**2 if max_pixels is None else max_pixels,
+    )
     if variant == "transformers_4_45" and min(height, width) < factor:
         raise ValueError(
             f"height and width must be at least factor={factor} in variant {variant!r},"
@@ -204,7 +207,13 @@ def plan(
         ValueError: ``smart_resize`` refuses the size, or it returns an empty one.
         TypeError: A size or limit is not a number.
     """
-    _natural(patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size)
+    height, width, patch_size, temporal_patch_size, merge_size = _integers(
+        height=height,
+        width=width,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+        merge_size=merge_size,
+    )
     resized = smart_resize(
         height,
         width,
@@ -222,12 +231,30 @@ def plan(
     return Plan(height, width, resized, grid_thw, patch_size, temporal_patch_size, merge_size)
 
 
-def _natural(**values: int) -> None:
+def _integers(least: int = 1, /, **values: int) -> list[int]:
+    """``values`` as Python integers, which do not overflow as NumPy's do."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        _check_limit(name, int(value))
+    return [int(value) for value in values.values()]
+
+
+def _numbers(**values: float) -> list[float]:
+    """``values`` as Python integers and floats, above zero."""
+    numbers = []
+    for name, value in values.items():
+        _check.positive(name, value)
+        numbers.append(int(value) if isinstance(value, Integral) else float(value))
+        _check_limit(name, numbers[-1])
+    return numbers
+
+
+def _check_limit(name: str, value: float) -> None:
+    if value >= 2**63:  # far from where a product of some overflows a float
+        raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
 # Video -------------------------------------------------------------------------------------------
@@ -239,7 +266,7 @@ def smart_nframes(
     *,
     fps: float | None = None,
     nframes: int | None = None,
-    min_frames: int = 4,
+    min_frames: int = MIN_FRAMES,
     max_frames: int | None = None,
     frame_factor: int = 2,
     variant: str = "qwen_vl_utils_0_0_8",
@@ -262,14 +289,14 @@ def smart_nframes(
         The number of frames.
 
     Raises:
-        ValueError: ``fps`` and ``nframes`` are both given, a number is not positive, or the count
-            is not between ``frame_factor`` and ``total_frames``.
+        ValueError: ``fps`` and ``nframes`` are both given, a number is not positive or not below
+            2**63, or the count is not between ``frame_factor`` and ``total_frames``.
         TypeError: A number is missing or not a number.
     """
     _check.one_of("variant", variant, VIDEO_TOKENS)
-    _natural(total_frames=total_frames, frame_factor=frame_factor)
+    total_frames, frame_factor = _integers(total_frames=total_frames, frame_factor=frame_factor)
     if nframes is not None:
-        _natural(nframes=nframes)
+        (nframes,) = _integers(nframes=nframes)
         if fps is not None:
             raise ValueError(f"fps must be None where nframes={nframes} is given, got {fps}")
         count = round(nframes / frame_factor) * frame_factor
@@ -278,9 +305,8 @@ def smart_nframes(
         max_frames = min(MAX_FRAMES, total_frames) if max_frames is None else max_frames
         if video_fps is None:
             raise ValueError("video_fps or nframes must be given, got neither")
-        _check.positive("video_fps", video_fps)
-        _check.positive("fps", fps)
-        _natural(min_frames=min_frames, max_frames=max_frames)
+        video_fps, fps = _numbers(video_fps=video_fps, fps=fps)
+        min_frames, max_frames = _integers(min_frames=min_frames, max_frames=max_frames)
         fewest = math.ceil(min_frames / frame_factor) * frame_factor
         most = math.floor(max_frames / frame_factor) * frame_factor
         wanted = min(max(total_frames / video_fps * fps, fewest), most)
@@ -298,8 +324,10 @@ def smart_nframes(
 
 def frame_indices(total_frames: int, nframes: int) -> tuple[int, ...]:
     """``nframes`` frames from the first to the last, evenly spaced, rounded (halves to even)."""
+    total_frames, nframes = _integers(total_frames=total_frames, nframes=nframes)
     # in float32, as the original does: for long videos the rounding shows
-    return tuple(torch.linspace(0, total_frames - 1, nframes).round().long().tolist())
+    indices = torch.linspace(0, total_frames - 1, nframes, dtype=torch.float32, device="cpu")
+    return tuple(indices.round().long().tolist())
 
 
 def max_frame_pixels(
@@ -331,15 +359,17 @@ def max_frame_pixels(
         The area, in pixels; not always whole.
 
     Raises:
-        ValueError: A number is not positive, or ``variant`` is unknown.
+        ValueError: A number is not positive or not below 2**63, or ``variant`` is unknown.
         TypeError: A number is not one.
     """
     _check.one_of("variant", variant, VIDEO_TOKENS)
-    min_pixels = FRAME_TOKENS[0] * factor**2 if min_pixels is None else min_pixels
-    total_pixels = VIDEO_TOKENS[variant] * factor**2 if total_pixels is None else total_pixels
-    _natural(nframes=nframes, factor=factor, temporal_patch_size=temporal_patch_size)
-    _check.positive("min_pixels", min_pixels)
-    _check.positive("total_pixels", total_pixels)
+    nframes, factor, temporal_patch_size = _integers(
+        nframes=nframes, factor=factor, temporal_patch_size=temporal_patch_size
+    )
+    min_pixels, total_pixels = _numbers(
+        min_pixels=FRAME_TOKENS[0] * factor**2 if min_pixels is None else min_pixels,
+        total_pixels=VIDEO_TOKENS[variant] * factor**2 if total_pixels is None else total_pixels,
+    )
     share = total_pixels / nframes * temporal_patch_size
     return max(min(FRAME_TOKENS[1] * factor**2, share), int(min_pixels * 1.05))
 
@@ -352,7 +382,7 @@ def plan_video(
     *,
     fps: float | None = None,
     nframes: int | None = None,
-    min_frames: int = 4,
+    min_frames: int = MIN_FRAMES,
     max_frames: int | None = None,
     min_pixels: float | None = None,
     max_pixels: float | None = None,
@@ -367,7 +397,8 @@ def plan_video(
     Args:
         total_frames: Frames of the video.
         video_fps: Frames per second of the video. ``None``, with neither ``fps`` nor ``nframes``,
-            says that the frames were chosen already: all are used.
+            says that the frames were chosen already: all are used. They share the budget of any
+            video, where qwen-vl-utils sizes such a list by rules of its own.
         height: Height of a frame, in pixels.
         width: Width of a frame, in pixels.
         fps: Frames per second to use: see ``smart_nframes``.
@@ -376,7 +407,7 @@ def plan_video(
         max_frames: Most frames.
         min_pixels: Smallest area of a frame; by default 128 tokens' worth.
         max_pixels: Largest area of a frame; by default, and in ``"qwen_vl_utils_0_0_14"`` at most,
-            that of ``max_frame_pixels``.
+            that of ``max_frame_pixels``. Where it is below ``min_pixels``, see ``smart_resize``.
         total_pixels: Area of the video: see ``max_frame_pixels``.
         patch_size: Side of a patch, in pixels.
         temporal_patch_size: Frames to a patch.
@@ -387,16 +418,26 @@ def plan_video(
         The plan; ``frame_indices`` says which frames ``preprocess`` wants.
 
     Raises:
-        ValueError: ``smart_nframes`` or ``smart_resize`` refuses a number, or a side would be 0.
+        ValueError: ``smart_nframes`` or ``smart_resize`` refuses a number, a side would be 0,
+            ``max_pixels`` is below ``min_pixels`` in ``"qwen_vl_utils_0_0_14"``, or
+            ``min_frames`` or ``max_frames`` is given for frames that were chosen already.
         TypeError: A number is missing or not a number.
     """
-    _natural(
+    _check.one_of("variant", variant, VIDEO_TOKENS)
+    total_frames, height, width, patch_size, temporal_patch_size, merge_size = _integers(
         total_frames=total_frames,
+        height=height,
+        width=width,
         patch_size=patch_size,
         temporal_patch_size=temporal_patch_size,
         merge_size=merge_size,
     )
     if video_fps is None and fps is None and nframes is None:
+        if (min_frames, max_frames) != (MIN_FRAMES, None):
+            raise ValueError(
+                "min_frames and max_frames must be left out where all frames are used,"
+                f" got {min_frames} and {max_frames}"
+            )
         indices = tuple(range(total_frames))
     else:
         count = smart_nframes(
@@ -422,10 +463,15 @@ def plan_video(
         temporal_patch_size=temporal_patch_size,
         variant=variant,
     )
-    if max_pixels is None:
-        max_pixels = limit
-    elif variant == "qwen_vl_utils_0_0_14":
+    max_pixels = limit if max_pixels is None else max_pixels
+    min_pixels, max_pixels = _numbers(min_pixels=min_pixels, max_pixels=max_pixels)
+    if variant == "qwen_vl_utils_0_0_14":
         max_pixels = min(max_pixels, limit)
+        if max_pixels < min_pixels:
+            raise ValueError(
+                f"max_pixels must be at least min_pixels={min_pixels} in variant {variant!r},"
+                f" got {max_pixels}"
+            )
     frame = plan(
         height,
         width,
@@ -461,9 +507,12 @@ def patchify(
 
     Raises:
         ValueError: ``frames`` is not of rank 4, is empty, or its sides do not divide by
-            ``patch_size * merge_size``.
+            ``patch_size * merge_size``; or one of these is not positive.
+        TypeError: A size is not an integer.
     """
-    p, tp, m = patch_size, temporal_patch_size, merge_size
+    p, tp, m = _integers(
+        patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
+    )
     if frames.ndim != 4 or 0 in frames.shape or any(n % (p * m) for n in frames.shape[2:]):
         raise ValueError(
             f"frames must have shape [frames, channels, height, width] with sides that divide by"
@@ -478,8 +527,8 @@ def patchify(
 
 
 def preprocess(
-    images: Sequence[Image | Sequence[Image]],
-    plans: Sequence[Plan] | None = None,
+    images: Iterable[Image | Sequence[Image]],
+    plans: Iterable[Plan] | None = None,
     *,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
@@ -487,8 +536,9 @@ def preprocess(
 ) -> tuple[Tensor, PackedGrid]:
     """Images and videos of different sizes to one packed sequence of normalised patches.
 
-    Each frame becomes 8-bit RGB (transparency on white), is resized with Pillow's bicubic filter,
-    scaled to 0..1, normalised, and cut into patches. Runs on the host.
+    Each frame becomes 8-bit RGB (transparency on white, also that of RGBA palettes, which
+    transformers drops), is resized with Pillow's bicubic filter, scaled to 0..1, normalised, and
+    cut into patches. Runs on the host and needs Pillow, of the extra ``demo``.
 
     Args:
         images: Images and videos. An image is a Pillow image with 8 bits a channel, a NumPy array
@@ -508,20 +558,29 @@ def preprocess(
 
     Raises:
         ValueError: An image does not fit its plan or the shapes above, floats leave 0..1, plans
-            differ in their patch, temporal or merge size, or their number is not that of images.
-        TypeError: An image or ``dtype`` is of no kind listed above.
+            differ in their patch, temporal or merge size, or their number is not that of images,
+            ``mean`` or ``std`` is not three numbers, or one of ``std`` is not positive.
+        TypeError: An image, a plan or ``dtype`` is of no kind listed above, or ``images`` or
+            ``plans`` is one alone.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating, got {dtype}")
-    for name, value in (("mean", mean), ("std", std)):
-        if len(value) != 3:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating, got {dtype!r}")
+    center, scale = np.array(mean, np.float32), np.array(std, np.float32)
+    for name, value, numbers in (("mean", mean, center), ("std", std, scale)):
+        if numbers.shape != (3,) or not np.isfinite(numbers).all():
             raise ValueError(f"{name} must have 3 numbers, got {value}")
+    if not (scale > 0).all():
+        raise ValueError(f"std must be above 0, got {std}")
+    images = _listed("images", images)
     clips = [_rgb_frames(f"images[{i}]", image) for i, image in enumerate(images)]
     if plans is None:
         plans = [_default_plan(image, clip) for image, clip in zip(images, clips, strict=True)]
+    plans = _listed("plans", plans)
     if len(plans) != len(clips):
         raise ValueError(f"plans must be one for each of {len(clips)} images, got {len(plans)}")
     for i, (p, clip) in enumerate(zip(plans, clips, strict=True)):
+        if not isinstance(p, Plan):
+            raise TypeError(f"plans[{i}] must be a Plan, got {type(p).__name__}")
         want = (p.num_frames, p.height, p.width)
         got = (len(clip), clip[0].height, clip[0].width)
         if want != got:
@@ -534,9 +593,7 @@ def preprocess(
         raise ValueError(f"plans must share patch, temporal and merge size, got {sorted(sizes)}")
     ((patch_size, temporal_patch_size, merge_size),) = sizes
 
-    sizes_thw = torch.tensor([p.grid_thw for p in plans], dtype=torch.int64).view(-1, 3)
-    grid = PackedGrid(sizes_thw, merge_size)
-    center, scale = (np.array(v, np.float32)[:, None] for v in (mean, std))
+    grid = PackedGrid([p.grid_thw for p in plans], merge_size)
     columns = temporal_patch_size * patch_size**2
     pixels = np.empty((grid.num_tokens, 3, columns), np.float32)
     begin = 0
@@ -551,10 +608,19 @@ def preprocess(
         )
         out = pixels[begin : begin + p.vit_tokens]
         np.divide(patches.reshape(out.shape), 255, out=out, dtype=np.float32)
-        out -= center
-        out /= scale
+        out -= center[:, None]
+        out /= scale[:, None]
         begin += p.vit_tokens
     return torch.from_numpy(pixels).flatten(1).to(dtype), grid
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    # the rows of one image are no images; four axes are a batch
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 4) < 4:
+        raise TypeError(
+            f"{name} must be a sequence of {name}, got one {name[:-1]}, {type(values).__name__}"
+        )
+    return list(values)
 
 
 def _is_video(image: Any) -> bool:
@@ -582,7 +648,9 @@ def _rgb(name: str, image: Any) -> PIL.Image.Image:
     if isinstance(image, Tensor):
         if image.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {image.device}")
-        image = (image.float() if image.is_floating_point() else image).detach().numpy()
+        if image.is_floating_point():  # NumPy has no bfloat16
+            image = image.to(torch.promote_types(image.dtype, torch.float32))
+        image = image.detach().numpy()
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     if isinstance(image, np.ndarray):
         channels = image.shape[2:]
@@ -595,7 +663,9 @@ def _rgb(name: str, image: Any) -> PIL.Image.Image:
                 raise ValueError(
                     f"{name} must be in 0..1, got {image.min():.6g}..{image.max():.6g}"
                 )
-            image = np.rint(image * 255).astype(np.uint8)
+            # a float16 product is rounded once more
+            wide = np.promote_types(image.dtype, np.float32)
+            image = np.rint(np.multiply(image, 255, dtype=wide)).astype(np.uint8)
         if image.dtype != np.uint8:
             raise TypeError(f"{name} must be uint8 or floating, got {image.dtype}")
         image = PIL.Image.fromarray(image[..., 0] if channels == (1,) else image)
@@ -605,6 +675,8 @@ def _rgb(name: str, image: Any) -> PIL.Image.Image:
         )
     if image.mode.startswith(("I", "F")):  # Pillow would clip these to white without a word
         raise ValueError(f"{name} must have 8 bits a channel, got Pillow mode {image.mode!r}")
+    if image.mode == "La":  # Pillow converts it to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
@@ -614,10 +686,24 @@ def _rgb(name: str, image: Any) -> PIL.Image.Image:
 # Multimodal rotary position embedding ------------------------------------------------------------
 
 
-def vision_tokens(plan: Plan) -> list[int]:
+def vision_tokens(
+    plan: Plan,
+    *,
+    vision_start_token_id: int = VISION_START,
+    vision_end_token_id: int = VISION_END,
+    image_token_id: int = IMAGE_PAD,
+    video_token_id: int = VIDEO_PAD,
+) -> list[int]:
     """Token ids of an image or video in the text, its embeddings' places between the markup."""
-    pad = IMAGE_PAD if plan.frame_indices is None else VIDEO_PAD
-    return [VISION_START, *[pad] * plan.llm_tokens, VISION_END]
+    start, end, image, video = _integers(
+        0,
+        vision_start_token_id=vision_start_token_id,
+        vision_end_token_id=vision_end_token_id,
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
+    )
+    pad = image if plan.frame_indices is None else video
+    return [start, *[pad] * plan.llm_tokens, end]
 
 
 def mrope_position_ids(
@@ -628,6 +714,9 @@ def mrope_position_ids(
     *,
     cu_seqlens: Tensor | None = None,
     merge_size: int = 2,
+    vision_start_token_id: int = VISION_START,
+    image_token_id: int = IMAGE_PAD,
+    video_token_id: int = VIDEO_PAD,
 ) -> tuple[Tensor, Tensor]:
     """Position of every token on the axes time, height and width.
 
@@ -637,12 +726,14 @@ def mrope_position_ids(
     elsewhere.
 
     The same code serves every device: scans over the tokens, no loop over images, and no value is
-    read back, so a CUDA device is not waited for.
+    read back, so a CUDA device is not waited for. Values that do not fit, of tokens, grids or
+    ``cu_seqlens``, are therefore not seen, and leave the positions unspecified:
+    ``validate_vision_tokens`` finds them.
 
     Args:
         input_ids: Token ids, int64 or int32: a batch ``[B, L]``, or one sequence ``[L]``. Each
-            image or video is a run of ``IMAGE_PAD`` or ``VIDEO_PAD`` right after a
-            ``VISION_START``, of the length its grid says; ``validate_vision_tokens`` checks that.
+            image or video is a run of ``image_token_id`` or ``video_token_id`` right after a
+            ``vision_start_token_id``, of the length its grid says.
         image_grid_thw: Frames, rows and columns of each image, in patches, int64 or int32
             ``[images, 3]`` on the device of ``input_ids``, in the order of their tokens.
         video_grid_thw: The same of each video, ``[videos, 3]``.
@@ -650,6 +741,9 @@ def mrope_position_ids(
         cu_seqlens: Where packed samples of a sequence ``[L]`` begin and end, int32 ``[S + 1]``, in
             tokens. Positions restart in each; tokens after the last are padding.
         merge_size: Side of the block of patches that is one token.
+        vision_start_token_id: The token before an image or video; the defaults are Qwen2-VL's.
+        image_token_id: The token of an image.
+        video_token_id: The token of a video.
 
     Returns:
         Position ids, int64 ``[3, B, L]`` or ``[3, L]``, 1 where padding is; and for each sample
@@ -657,33 +751,27 @@ def mrope_position_ids(
         decoder adds to its count of tokens. Not differentiable.
 
     Raises:
-        ValueError: A shape, a device or ``merge_size`` does not fit.
-        TypeError: A dtype does not fit.
+        ValueError: A shape, a device, ``merge_size`` or a token id does not fit.
+        TypeError: A dtype does not fit, or a number is not an integer.
     """
-    m = merge_size
-    _check_vision_tokens(input_ids, image_grid_thw, video_grid_thw, attention_mask, m)
-    ids = input_ids.flatten()
-    token = torch.arange(ids.numel(), device=ids.device)
-    batch, length = (1, *input_ids.shape)[-2:]
-    if cu_seqlens is None:
-        bounds = torch.arange(batch + 1, device=ids.device) * length
-    else:
-        _check.shape("input_ids", input_ids, None)
-        _check.shape("cu_seqlens", cu_seqlens, None)
-        _check.dtype("cu_seqlens", cu_seqlens, torch.int32)
-        _check.same_device(input_ids=input_ids, cu_seqlens=cu_seqlens)
-        if cu_seqlens.shape[0] == 0:
-            raise ValueError("cu_seqlens must have at least one bound, got []")
-        bounds = cu_seqlens.long()
-    valid = token < bounds[-1]
-    if attention_mask is not None:
-        valid = valid & (attention_mask.flatten() != 0)
+    m, vision_start, image_id, video_id = _check_vision_tokens(
+        input_ids,
+        image_grid_thw,
+        video_grid_thw,
+        attention_mask,
+        cu_seqlens,
+        merge_size=merge_size,
+        vision_start_token_id=vision_start_token_id,
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
+    )
+    ids, valid, bounds = _flat_samples(input_ids, attention_mask, cu_seqlens)
 
-    # a run begins right after a VISION_START, padding left out
+    # a run begins right after a vision start, padding left out
     count = valid.cumsum(0)
-    start = torch.where(valid & (ids == VISION_START), count, -1).cummax(0).values
+    start = torch.where(valid & (ids == vision_start), count, -1).cummax(0).values
     in_run = count - 1 - start
-    is_image, is_video = valid & (ids == IMAGE_PAD), valid & (ids == VIDEO_PAD)
+    is_image, is_video = valid & (ids == image_id), valid & (ids == video_id)
     is_vision = is_image | is_video
     is_first = is_vision & (in_run == 0)
 
@@ -701,7 +789,8 @@ def mrope_position_ids(
     step = torch.where(is_vision, torch.maximum(frames, torch.maximum(rows, cols)), 1)
     after = torch.where(valid & (is_first | ~is_vision), step, 0).cumsum(0)
     at_bounds = torch.nn.functional.pad(after, (1, 0))[bounds]  # [S + 1]
-    sample = torch.searchsorted(bounds[1:], token, right=True).clamp(max=bounds.shape[0] - 2)
+    token = torch.arange(ids.numel(), device=ids.device)
+    sample = torch.searchsorted(bounds[1:], token, right=True)  # S behind the last
     base = after - step - at_bounds[sample]
     thw = torch.stack([in_run // (rows * cols), in_run // cols % rows, in_run % cols])
     position_ids = torch.where(valid, base + torch.where(is_vision, thw, 0), 1)
@@ -715,7 +804,11 @@ def validate_vision_tokens(
     video_grid_thw: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    cu_seqlens: Tensor | None = None,
     merge_size: int = 2,
+    vision_start_token_id: int = VISION_START,
+    image_token_id: int = IMAGE_PAD,
+    video_token_id: int = VIDEO_PAD,
 ) -> None:
     """Check the values that ``mrope_position_ids`` does not read. Waits for the device.
 
@@ -724,26 +817,57 @@ def validate_vision_tokens(
         image_grid_thw: Likewise.
         video_grid_thw: Likewise.
         attention_mask: Likewise.
+        cu_seqlens: Likewise.
         merge_size: Likewise.
+        vision_start_token_id: Likewise.
+        image_token_id: Likewise.
+        video_token_id: Likewise.
 
     Raises:
         ValueError: The runs of image or video tokens are not, in number and lengths, those of the
-            grids, or one does not follow a ``VISION_START``; or an argument does not fit.
-        TypeError: A dtype does not fit.
+            grids, or one does not follow a ``vision_start_token_id`` of its own sample; a grid does
+            not divide into tokens; ``cu_seqlens`` does not rise from 0 within the sequence; or an
+            argument does not fit.
+        TypeError: A dtype does not fit, or a number is not an integer.
     """
-    _check_vision_tokens(input_ids, image_grid_thw, video_grid_thw, attention_mask, merge_size)
-    ids = input_ids.flatten()
-    if attention_mask is not None:
-        ids = ids[attention_mask.flatten() != 0]
-    kinds = torch.where((ids == IMAGE_PAD) | (ids == VIDEO_PAD), ids, 0)
+    m, vision_start, image_id, video_id = _check_vision_tokens(
+        input_ids,
+        image_grid_thw,
+        video_grid_thw,
+        attention_mask,
+        cu_seqlens,
+        merge_size=merge_size,
+        vision_start_token_id=vision_start_token_id,
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
+    )
+    ids, valid, bounds = _flat_samples(input_ids, attention_mask, cu_seqlens)
+    bounds = bounds.tolist()
+    if bounds[0] != 0 or bounds[-1] > ids.numel() or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to at most {ids.numel()}, the length of input_ids,"
+            f" got {bounds}"
+        )
+    # a token of no kind before every sample, so that no run follows from the sample before
+    samples = [ids[a:b][valid[a:b]] for a, b in itertools.pairwise(bounds)]
+    pad = torch.nn.functional.pad
+    ids = torch.cat([ids[:0], *(pad(sample, (1, 0), value=-1) for sample in samples)])
+    kinds = torch.where((ids == image_id) | (ids == video_id), ids, -1)
     kinds, lengths = kinds.unique_consecutive(return_counts=True)
-    for name, grid_thw, pad in (
-        ("image", image_grid_thw, IMAGE_PAD),
-        ("video", video_grid_thw, VIDEO_PAD),
+    for name, grid_thw, token_id in (
+        ("image", image_grid_thw, image_id),
+        ("video", video_grid_thw, video_id),
     ):
-        runs = kinds == pad
+        want = []
+        for i, (t, h, w) in enumerate([] if grid_thw is None else grid_thw.tolist()):
+            if min(t, h, w) < 1 or h % m or w % m:
+                raise ValueError(
+                    f"{name}_grid_thw[{i}] must be at least 1 on every axis, with rows and columns"
+                    f" that divide by merge_size={m}, got {[t, h, w]}"
+                )
+            want.append(t * h * w // m**2)
+        runs = kinds == token_id
         got = lengths[runs].tolist()
-        want = [] if grid_thw is None else (grid_thw.prod(1) // merge_size**2).tolist()
         if got != want:
             raise ValueError(
                 f"input_ids must have runs of {name} tokens of the lengths that {name}_grid_thw"
@@ -751,10 +875,27 @@ def validate_vision_tokens(
             )
         before = (lengths.cumsum(0) - lengths)[runs] - 1
         for token in ids[before].tolist():
-            if token != VISION_START:
+            if token != vision_start:
                 raise ValueError(
-                    f"input_ids must have {VISION_START} before a run of {name} tokens, got {token}"
+                    f"input_ids must have {vision_start} before a run of {name} tokens,"
+                    f" got {'none' if token == -1 else token}"
                 )
+
+
+def _flat_samples(
+    input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens in one row ``[T]``, which of them are no padding, and the bounds of samples."""
+    ids = input_ids.flatten()
+    if cu_seqlens is None:
+        batch, length = (1, *input_ids.shape)[-2:]
+        bounds = torch.arange(batch + 1, device=ids.device) * length
+    else:
+        bounds = cu_seqlens.long()
+    valid = torch.arange(ids.numel(), device=ids.device) < bounds[-1]
+    if attention_mask is not None:
+        valid = valid & (attention_mask.flatten() != 0)
+    return ids, valid, bounds
 
 
 def _check_vision_tokens(
@@ -762,9 +903,13 @@ def _check_vision_tokens(
     image_grid_thw: Tensor | None,
     video_grid_thw: Tensor | None,
     attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
     merge_size: int,
-) -> None:
-    _natural(merge_size=merge_size)
+    **token_ids: int,
+) -> list[int]:
+    """``merge_size`` and ``token_ids`` as Python integers; nothing is read from a device."""
+    numbers = [*_integers(merge_size=merge_size), *_integers(0, **token_ids)]
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.ndim not in (1, 2):
@@ -780,3 +925,11 @@ def _check_vision_tokens(
         _check.shape("attention_mask", attention_mask, *input_ids.shape)
         _check.dtype("attention_mask", attention_mask, torch.bool, torch.int64, torch.int32)
         _check.same_device(input_ids=input_ids, attention_mask=attention_mask)
+    if cu_seqlens is not None:
+        _check.shape("input_ids", input_ids, None)
+        _check.shape("cu_seqlens", cu_seqlens, None)
+        _check.dtype("cu_seqlens", cu_seqlens, torch.int32)
+        _check.same_device(input_ids=input_ids, cu_seqlens=cu_seqlens)
+        if cu_seqlens.shape[0] == 0:
+            raise ValueError("cu_seqlens must have at least one bound, got []")
+    return numbers
