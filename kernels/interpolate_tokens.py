@@ -206,25 +206,33 @@ def _resize_kernel(
         tap_y = first_y + ky
         if NUM_TAPS > 0:  # what lies past a border is the border
             tap_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
+        if NORMALISED:  # many taps: row by row, so that float32 sums few numbers at a time
+            row_acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+            row_total = tl.zeros((BLOCK_T,), tl.float32)
         for kx in tl.range(0, num_x, loop_unroll_factor=UNROLL):
-            weight = weight_y * _weight(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
+            weight_x = _weight(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
             tap_x = first_x + kx
             if NUM_TAPS > 0:
                 tap_x = tl.minimum(tl.maximum(tap_x, 0), cols - 1)
-                inside = mask
             else:
-                weight = tl.where((tap_y < rows) & (tap_x < cols), weight, 0.0)
-                inside = mask & (weight[:, None] != 0.0)
+                weight_x = tl.where((tap_y < rows) & (tap_x < cols), weight_x, 0.0)
+            weight = weight_y * weight_x
             token = cell_to_token(tap_y, tap_x, cols, MERGE)
             taps = x_ptrs + token.to(tl.int64) * stride_x_t * STRIDE_UNIT
+            inside = mask & (weight[:, None] != 0.0)
             x = tl.load(taps[:, None] + offs_c[None, :], mask=inside, other=LEAST).to(tl.float32)
             if MODE == "max":  # the first one wins, and NaN wins over numbers
                 wins = (x > acc) | (x != x)
                 acc = tl.where(wins, x, acc)
                 argmax = tl.where(wins, token[:, None], argmax)
+            elif NORMALISED:
+                row_acc += weight_x[:, None] * x
+                row_total += weight_x
             else:
                 acc += weight[:, None] * x
-                total += weight
+        if NORMALISED:
+            acc += weight_y[:, None] * row_acc
+            total += weight_y * row_total
 
     out_ptrs = offs_t[:, None] * NUM_CHANNELS + offs_c[None, :]
     if NORMALISED:

@@ -101,6 +101,28 @@ def test_the_first_maximum_gets_the_gradient_and_nan_wins():
     assert y.isnan().all()
 
 
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_a_weight_of_zero_keeps_nan_out(mode, options):
+    x = torch.randn(25, 3)
+    x[12, 1] = float("nan")
+    y, _ = interpolate_tokens(x, PackedGrid([(5, 5)]), (5, 5), mode=mode, **options, impl="triton")
+    assert y.isnan().nonzero().tolist() == [[12, 1]]
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "max"])
+def test_a_second_derivative_is_refused(mode):
+    x = torch.randn(12, 2, requires_grad=True)
+    y, _ = interpolate_tokens(x, PackedGrid([(3, 4)]), (2, 2), mode=mode, impl="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="interpolate_tokens_backward has no gradient"):
+        grad.sum().backward()
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        interpolate_tokens([[1.0]], PackedGrid([(1, 1)]), (1, 1))
+
+
 X = torch.zeros(24, 4)
 GRID = PackedGrid([(4, 6)], 2)
 
@@ -117,6 +139,9 @@ GRID = PackedGrid([(4, 6)], 2)
         ({"target_hw": (0, 4)}, ValueError, r"target_hw .*at least 1"),
         ({"target_hw": (2.0, 4)}, TypeError, r"target_hw must"),
         ({"target_hw": [(2, 2), (2, 2)]}, ValueError, r"target_hw must have shape \[1, 2\]"),
+        ({"target_hw": (2**70, 2)}, ValueError, r"target_hw must be below 2\*\*31 on every axis"),
+        ({"x": X[:, :0]}, ValueError, r"x must have at least one channel, got \[24, 0\]"),
+        ({"align_corners": 1}, TypeError, r"align_corners must be a bool, got 1"),
         ({"mode": "linear"}, ValueError, r"mode must be one of 'bilinear'.*got 'linear'"),
         (
             {"mode": "area", "antialias": True},

@@ -75,12 +75,13 @@ def test_golden_interleaving_of_qwen3_vl(impl):
     assert axis_of_pairs(impl, 128, **options) == want
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("start", [0, 1_000, 131_000, 4_000_000, -5_000])
-def test_angles_are_exact_at_every_position(start):
+def test_angles_are_exact_at_every_position(start, impl):
     position = torch.arange(start, start + 200)
     x = torch.zeros(200, 1, 128)
     x[..., :64] = 1
-    y, _ = mrope(x, x, position.expand(3, -1), mrope_section=(16, 24, 24), impl="triton")
+    y, _ = mrope(x, x, position.expand(3, -1), mrope_section=(16, 24, 24), impl=impl)
     angle = position.double()[:, None] * 1e6 ** -(torch.arange(64, dtype=torch.float64) / 64)
     assert (y[:, 0, :64] - angle.cos()).abs().max() < 2e-7
     assert (y[:, 0, 64:] - angle.sin()).abs().max() < 2e-7

@@ -68,6 +68,22 @@ def test_turning_back_gives_the_input():
     torch.testing.assert_close(back, q)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_half_of_a_partial_table_of_transformers_is_what_counts(interleaved):
+    q = torch.randn(5, 2, 64)
+    angle = torch.randn(5, 8)
+    table = angle.repeat_interleave(2, dim=1) if interleaved else angle.repeat(1, 2)
+    half = table[:, ::2] if interleaved else table[:, :8]
+    turned, _ = rope(q, q, half.cos(), half.sin(), interleaved=interleaved)
+    whole, _ = rope(q[..., :16], q[..., :16], table.cos(), table.sin(), interleaved=interleaved)
+    torch.testing.assert_close(turned, torch.cat([whole, q[..., 16:]], dim=-1))
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="q must be a tensor, got list"):
+        rope([1.0], Q, COS, COS)
+
+
 Q = torch.zeros(5, 4, 64)
 COS = torch.zeros(5, 32)
 

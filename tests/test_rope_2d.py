@@ -181,7 +181,10 @@ GRID = PackedGrid([(3, 4)])
         ),
         ({"grid": GRID.to("meta")}, ValueError, r"grid must be on the device of q, cpu, got meta"),
         ({"q": Q[..., :6], "k": Q[..., :6]}, ValueError, r"head size that divides by 4, got 6"),
+        ({"q": Q[..., :0], "k": Q[..., :0]}, ValueError, r"head size that divides by 4, got 0"),
         ({"base": 0}, ValueError, r"base must be above 0, got 0"),
+        ({"base": float("inf")}, ValueError, r"base must be finite, got inf"),
+        ({"interleaved": "x"}, TypeError, r"interleaved must be a bool, got 'x'"),
         ({"base": "1"}, TypeError, r"base must be a number, got '1'"),
         (
             {"axes": "hw"},

@@ -253,6 +253,14 @@ def test_either_result_alone_can_be_differentiated(impl):
     torch.testing.assert_close(of_both[1], of_out[1] + of_lse[1])
 
 
+def test_a_second_derivative_is_refused():
+    q = heads(7).requires_grad_()
+    out = varlen_attention(q, q, q, bounds(3, 4), impl="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="varlen_attention_backward has no gradient"):
+        grad.sum().backward()
+
+
 def test_a_query_that_sees_one_key_does_not_move_it():
     """Its softmax is 1 whatever the score, to float32's last bits."""
     q, k, v = (x.requires_grad_() for x in (heads(40, 2, 80), heads(40, 2, 80), heads(40, 2, 80)))
@@ -323,6 +331,7 @@ Q, CU = torch.zeros(6, 4, 16), bounds(2, 4)
         ({"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number, got '1'"),
         ({"window_size": (4, -2)}, ValueError, r"window_size must be two integers of -1 or more"),
         ({"window_size": (4,)}, ValueError, r"window_size must be two integers .*got \(4,\)"),
+        ({"causal": 1}, TypeError, r"causal must be a bool, got 1"),
         ({"window_size": 4}, TypeError, r"window_size must be a list or tuple of integers, got 4"),
     ],
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from patchpack.packing import PackedGrid
+from patchpack.packing import PackedGrid, is_integer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,10 +57,17 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def integers(name: str, values: Sequence[int]) -> list[int]:
-    """``values`` is a sequence of Python integers."""
-    if not isinstance(values, (list, tuple)) or not all(type(v) is int for v in values):
+    """``values`` is a sequence of integers."""
+    if not isinstance(values, (list, tuple)) or not all(map(is_integer, values)):
         raise TypeError(f"{name} must be a list or tuple of integers, got {values!r}")
-    return list(values)
+    return [int(v) for v in values]
+
+
+def flags(**values: bool) -> None:
+    """All of ``values`` are true or false, and nothing that merely counts as it."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def window(name: str, sides: tuple[int, int]) -> list[int]:
@@ -71,11 +79,13 @@ def window(name: str, sides: tuple[int, int]) -> list[int]:
 
 
 def positive(name: str, value: float) -> None:
-    """``value`` is a number above zero."""
+    """``value`` is a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not value > 0:
         raise ValueError(f"{name} must be above 0, got {value}")
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def heads(impl: str, q: Tensor, k: Tensor) -> None:

@@ -50,8 +50,11 @@ def available(op: str, impl: str) -> str | None:
     return _UNAVAILABLE[impl]
 
 
-def resolve(op: str, impl: str | None, x: Tensor) -> str:
-    """The implementation that runs for ``x``: the asked one, or the default of its device."""
+def resolve(op: str, impl: str | None, **first: Tensor) -> str:
+    """The implementation that runs for the ``first`` argument: the asked one, or its device's."""
+    ((name, x),) = first.items()
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if impl is None:
         if x.device.type != "cpu":
             impl = "triton"
@@ -83,7 +86,7 @@ def define(
             the schema's arguments; the first one is a tensor.
         fake: Shapes and dtypes of the outputs.
         setup_context: Saves what ``backward`` needs, ``(ctx, inputs, output)``.
-        backward: Gradients of the inputs. Without it the operator is not differentiable.
+        backward: Gradients of the inputs. Without it, asking for them raises.
     """
     name = schema.partition("(")[0]
     module, _, function = launcher.partition(":")
@@ -107,6 +110,10 @@ def define(
     torch.library.register_fake(f"patchpack::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         _OPS.add(name)
-        torch.library.register_autograd(
-            f"patchpack::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"patchpack::{name} has no gradient: its op is differentiable once")
+
+    torch.library.register_autograd(
+        f"patchpack::{name}", backward or refuse, setup_context=setup_context, lib=_LIBRARY
+    )

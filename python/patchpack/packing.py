@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
     )
 
 
-def _is_integer(n: object) -> bool:
+def is_integer(n: object) -> bool:
+    """Whether ``n`` is an integer of Python or NumPy."""
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
 
 
@@ -78,7 +80,7 @@ def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     rows = []
     for i, size in enumerate(sizes):
         row = tuple(size) if isinstance(size, Iterable) else (size,)
-        if not all(map(_is_integer, row)):
+        if not all(map(is_integer, row)):
             raise TypeError(f"grid_thw[{i}] must hold integers, got {row}")
         if len(row) not in (2, 3):
             raise ValueError(f"grid_thw[{i}] must be (t, h, w) or (h, w), got {row}")
@@ -107,13 +109,16 @@ def _pairs_on_host(
     if not isinstance(target_hw, Tensor):
         if not isinstance(target_hw, (list, tuple)):
             raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
-        single = len(target_hw) > 0 and _is_integer(target_hw[0])
-        for pair in [target_hw] if single else target_hw:
-            pairs = isinstance(pair, (list, tuple)) and len(pair) == 2
-            if not pairs or not all(map(_is_integer, pair)):
+        single = len(target_hw) > 0 and is_integer(target_hw[0])
+        pairs: list[Any] = [target_hw] if single else list(target_hw)
+        for pair in pairs:
+            is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+            if not is_pair or not all(map(is_integer, pair)):
                 raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
-        target_hw = torch.tensor(target_hw, dtype=torch.int64, device="cpu")
-        target_hw = target_hw.reshape((2,) if single else (-1, 2))
+            if max(pair) >= 2**31:
+                raise ValueError(f"target_hw must be below 2**31 on every axis, got {pair}")
+        target_hw = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
+        target_hw = target_hw[0] if single else target_hw
     if target_hw.is_floating_point() or target_hw.is_complex() or target_hw.dtype == torch.bool:
         raise TypeError(f"target_hw must have an integer dtype, got {target_hw.dtype}")
     if target_hw.device.type != "cpu":
@@ -173,7 +178,7 @@ class PackedGrid:
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        if not _is_integer(spatial_merge_size):
+        if not is_integer(spatial_merge_size):
             raise TypeError(f"spatial_merge_size must be an int, got {spatial_merge_size!r}")
         m = int(spatial_merge_size)
         if m < 1:

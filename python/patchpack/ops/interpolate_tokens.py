@@ -51,17 +51,20 @@ def interpolate_tokens(
     Raises:
         ValueError: A shape, a size, a device, ``mode``, an option that ``mode`` does not have or
             ``impl`` does not fit.
-        TypeError: A dtype does not fit, or ``target_hw`` does not hold integers.
+        TypeError: A dtype or a type does not fit, or ``target_hw`` does not hold integers.
 
     Coordinates are exact, weights and sums are float32, rounded once to the dtype of ``x``. The
     index of ``"nearest"`` is rounded in float32, as torch rounds it for all inputs but float64.
     Source: ``patchpack.reference.interpolate_tokens``.
     """
-    impl = _dispatch.resolve("interpolate_tokens", impl, x)
+    impl = _dispatch.resolve("interpolate_tokens", impl, x=x)
     _check.shape("x", x, None, None)
+    if x.shape[1] == 0:
+        raise ValueError(f"x must have at least one channel, got {list(x.shape)}")
     _check.floating(impl, x=x)
     _check.grid_of("x", x, grid)
     _check.one_of("mode", mode, ("bilinear", "bicubic", "area", "max", "nearest"))
+    _check.flags(align_corners=align_corners, antialias=antialias)
     for name, value in (("align_corners", align_corners), ("antialias", antialias)):
         if value and mode not in ("bilinear", "bicubic"):
             raise ValueError(f"{name} is for mode 'bilinear' or 'bicubic', got mode {mode!r}")

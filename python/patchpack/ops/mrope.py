@@ -44,10 +44,10 @@ def mrope(
         ValueError: A shape, a device, ``mrope_section`` or ``impl`` does not fit.
         TypeError: A dtype does not fit.
 
-    The angles are those of ``patchpack.reference.mrope``, exact to 1e-7 at any position. Source:
-    Qwen2-VL, arXiv 2409.12191; the interleaved form is Qwen3-VL's.
+    The angles are those of ``patchpack.reference.mrope``; their cosines and sines err by 1e-7 at
+    most, at any position. Source: Qwen2-VL, arXiv 2409.12191; the interleaved form is Qwen3-VL's.
     """
-    impl = _dispatch.resolve("mrope", impl, q)
+    impl = _dispatch.resolve("mrope", impl, q=q)
     _check.heads(impl, q, k)
     _check.shape("position_ids", position_ids, None, q.shape[0])
     if position_ids.shape[0] not in (3, 4):
@@ -61,6 +61,7 @@ def mrope(
             f" size, {q.shape[2] // 2}, got {sections}"
         )
     _check.positive("base", base)
+    _check.flags(mrope_interleaved=mrope_interleaved)
     if impl == "reference":
         return reference.mrope(
             q,

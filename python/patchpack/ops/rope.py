@@ -24,8 +24,10 @@ def rope(
             last dimension is strided.
         k: Keys, ``[T, Hk, D]``, dtype of ``q``. ``Hk`` need not be ``Hq``.
         cos: Cosine of each token's angles, ``[T, R]`` with ``R <= D / 2``, float32 (or 16-bit,
-            at a loss). The channels after ``2 R`` pass through. A wider table, ``[T, 2 R]``, is
-            read as transformers builds it, with every value twice.
+            at a loss). The channels after ``2 R`` pass through. A table of more than ``D / 2``
+            columns, ``[T, 2 R]``, is read as transformers builds it, with every value twice; one
+            for a part of the head cannot be told from ``R`` values, so halve it: ``cos[:, :R]``, or
+            ``cos[:, ::2]`` if pairs are interleaved.
         sin: Sine of the same angles, shape and dtype of ``cos``.
         interleaved: Pair channels ``(2 i, 2 i + 1)`` instead of ``(i, i + R)``.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
@@ -41,8 +43,9 @@ def rope(
 
     Source: RoFormer, arXiv 2104.09864.
     """
-    impl = _dispatch.resolve("rope", impl, q)
+    impl = _dispatch.resolve("rope", impl, q=q)
     _check.heads(impl, q, k)
+    _check.flags(interleaved=interleaved)
     _check.shape("cos", cos, q.shape[0], None)
     _check.shape("sin", sin, *cos.shape)
     half, width = q.shape[2] // 2, cos.shape[1]

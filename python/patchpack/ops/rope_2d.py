@@ -43,15 +43,16 @@ def rope_2d(
         ValueError: A shape, a device, ``axes`` or ``impl`` does not fit.
         TypeError: A dtype does not fit.
 
-    The angles are those of ``patchpack.reference.rope_2d``, exact to 1e-7 at any position. Source:
-    RoFormer, arXiv 2104.09864, and the models named above.
+    The angles are those of ``patchpack.reference.rope_2d``; their cosines and sines err by 1e-7 at
+    most, at any position. Source: RoFormer, arXiv 2104.09864, and the models named above.
     """
-    impl = _dispatch.resolve("rope_2d", impl, q)
+    impl = _dispatch.resolve("rope_2d", impl, q=q)
     _check.heads(impl, q, k)
-    if q.shape[2] % 4:
+    if q.shape[2] % 4 or q.shape[2] == 0:
         raise ValueError(f"q must have a head size that divides by 4, got {q.shape[2]}")
     _check.grid_of("q", q, grid)
     _check.positive("base", base)
+    _check.flags(interleaved=interleaved)
     _check.one_of("axes", axes, ("split", "even_odd", "paired"))
     if impl == "reference":
         return reference.rope_2d(q, k, grid, base=base, interleaved=interleaved, axes=axes)

@@ -63,7 +63,7 @@ def varlen_attention(
     Products of float32 are as accurate as float32. Source: FlashAttention-2, arXiv 2307.08691; the
     meaning of ``causal`` and ``window_size`` is flash-attn's.
     """
-    impl = _dispatch.resolve("varlen_attention", impl, q)
+    impl = _dispatch.resolve("varlen_attention", impl, q=q)
     _check.shape("q", q, None, None, None)
     num_q_heads, head_dim = q.shape[1:]
     _check.shape("k", k, None, None, head_dim)
@@ -95,6 +95,7 @@ def varlen_attention(
         _check.positive("softmax_scale", softmax_scale)
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     left, right = _check.window("window_size", window_size)
+    _check.flags(causal=causal, return_lse=return_lse)
     if impl == "reference":
         return reference.varlen_attention(
             q,

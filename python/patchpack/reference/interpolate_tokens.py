@@ -46,9 +46,16 @@ def interpolate_tokens(
         elif mode in ("area", "nearest"):
             maps = F.interpolate(maps, size, mode=mode)
         else:
+            # torch on a CPU antialiases maps that become one column wide wrongly: lay them down
+            lay = antialias and size[1] == 1
             maps = F.interpolate(
-                maps, size, mode=mode, align_corners=align_corners, antialias=antialias
+                maps.mT if lay else maps,
+                size[::-1] if lay else size,
+                mode=mode,
+                align_corners=align_corners,
+                antialias=antialias,
             )
+            maps = maps.mT if lay else maps
         resized.append(_to_tokens(maps, target.spatial_merge_size).to(x.dtype))
     return torch.cat(resized), target
 

@@ -31,7 +31,6 @@ def mrope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate ``q`` ``[T, Hq, D]`` and ``k`` ``[T, Hk, D]`` by ``position_ids`` ``[3 or 4, T]``."""
     pairs = sum(mrope_section)
-    dtype = torch.promote_types(q.dtype, torch.float32)
     j = torch.arange(pairs, device=q.device)
     if mrope_interleaved:
         end = 3 * torch.tensor(mrope_section, device=q.device)
@@ -39,7 +38,8 @@ def mrope(
     else:
         begin = torch.tensor(mrope_section, device=q.device).cumsum(0)[:2]
         axis = torch.bucketize(j, begin, right=True)
-    frequency = base ** -(j.to(dtype) / pairs)  # [R]
-    angle = position_ids[-3:][axis].T.to(dtype) * frequency  # [T, R]
+    # float32 would turn a position of 131 072 by 7e-3 radians too much or too little
+    frequency = base ** -(j.double() / pairs)  # [R]
+    angle = position_ids[-3:][axis].T * frequency  # [T, R]
     cos, sin = angle.cos(), angle.sin()
     return rotate(q, cos, sin, interleaved=False), rotate(k, cos, sin, interleaved=False)

@@ -34,9 +34,9 @@ def rope_2d(
 ) -> tuple[Tensor, Tensor]:
     """Rotate ``q`` ``[T, Hq, D]`` and ``k`` ``[T, Hk, D]`` by the rows and columns of ``grid``."""
     pairs = q.shape[-1] // 2
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    row, col = grid.position_ids.to(dtype).unsqueeze(-1).unbind(dim=1)  # [T, 1] each
-    even = torch.arange(0, pairs, 2, device=q.device, dtype=dtype)
+    # float32 would turn a position of 131 072 by 7e-3 radians too much or too little
+    row, col = grid.position_ids.double().unsqueeze(-1).unbind(dim=1)  # [T, 1] each
+    even = torch.arange(0, pairs, 2, device=q.device, dtype=torch.float64)
     frequency = base ** -(even / pairs)  # [R / 2]
     if axes == "split":
         angle = torch.cat([row * frequency, col * frequency], dim=1)

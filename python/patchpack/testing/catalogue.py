@@ -369,6 +369,18 @@ _INTERPOLATE_TOKENS = Spec(
         "bicubic, corners": {**_GROWN, "mode": "bicubic", "align_corners": True},
         "bicubic, antialias": {**_SHRUNK, "mode": "bicubic", "antialias": True},
         "bicubic, larger, antialias": {**_GROWN, "mode": "bicubic", "antialias": True},
+        "one column, antialias": {
+            "sizes": [(1, 6, 3), (1, 9, 1), (2, 5, 4)],
+            "target_hw": [(3, 1), (4, 1), (7, 1)],
+            "antialias": True,
+            "channels": 1,
+        },
+        "far smaller, antialias": {
+            "sizes": [(1, 27, 27), (1, 40, 9)],
+            "target_hw": [(2, 2), (3, 1)],
+            "mode": "bicubic",
+            "antialias": True,
+        },
         "area": {**_SHRUNK, "mode": "area"},
         "area, larger": {**_GROWN, "mode": "area"},
         "max": {**_SHRUNK, "mode": "max"},
