@@ -253,6 +253,15 @@ def test_either_result_alone_can_be_differentiated(impl):
     torch.testing.assert_close(of_both[1], of_out[1] + of_lse[1])
 
 
+def test_rows_of_one_segment_may_lie_far_apart():
+    """Their offsets need 64 bits; only the pages that are touched get memory."""
+    q = heads(200, 1, 16, torch.float16)
+    apart = torch.empty(200, 2**24, dtype=q.dtype)[:, None, :16].copy_(q)
+    assert apart[-1:].storage_offset() > 2**31
+    got = varlen_attention(apart, apart, apart, bounds(200), impl="triton")
+    assert torch.equal(got, varlen_attention(q, q, q, bounds(200), impl="triton"))
+
+
 def test_a_second_derivative_is_refused():
     q = heads(7).requires_grad_()
     out = varlen_attention(q, q, q, bounds(3, 4), impl="triton")
