@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 import patchpack
 from patchpack.__main__ import main
-from patchpack.cli import _demo_model, verify
+from patchpack.cli import _demo_model, _images, to_json, verify
 from patchpack.testing.catalogue import SPECS
 
 
@@ -105,6 +106,24 @@ def test_an_image_that_cannot_be_used_is_one_line(command, tmp_path, capsys):
         line = _one_line(capsys)
         assert line.startswith(f"patchpack: cannot use {path}: ")
         assert reason in line
+
+
+def test_an_image_of_16_bits_is_one_line(tmp_path, capsys):
+    Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(tmp_path / "xray.png")
+    assert main(["plan", str(tmp_path / "xray.png")]) == 2
+    line = _one_line(capsys)
+    assert line.startswith("patchpack: cannot use ")
+    assert "xray.png: image must have 8 bits a channel" in line
+
+
+def test_a_file_may_have_any_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["[red]a[/]", "a_photo_whose_name_is_longer_than_the_room_of_a_narrow_terminal"]
+    paths = [_photo(tmp_path / f"{name}.png".replace("/", "|"), 400, 600) for name in names]
+    assert main(["plan", *paths]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "".join(row[1].strip() for row in rows) == "".join(names).replace("/", "|")
+    assert {"400x600", "1x28x42"} <= {cell.strip() for row in rows for cell in row}
 
 
 # verify ------------------------------------------------------------------------------------------
@@ -250,3 +269,45 @@ def test_demo_fails_where_the_fused_path_is_wrong(photos, tmp_path, monkeypatch,
 def test_demo_refuses_options_that_make_no_sense(options, message, photos, tmp_path, capsys):
     assert _demo(photos, tmp_path, *options) == 2
     assert message in _one_line(capsys)
+
+
+def test_demo_refuses_a_seed_that_torch_cannot_take(photos, tmp_path, capsys):
+    for seed in ("-1", str(2**64)):
+        assert _demo(photos, tmp_path, "--seed", seed) == 2
+        assert _one_line(capsys).endswith(f"--seed must be in 0..2**64 - 1, got {seed}")
+
+
+def test_demo_finds_out_first_that_it_cannot_write(photos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "out/demo.png").mkdir(parents=True)
+    for out in ("file", "out"):
+        assert _demo(photos, tmp_path / out) == 2
+        assert _one_line(capsys).startswith(f"patchpack: cannot write to {tmp_path / out}: ")
+
+
+def test_demo_needs_triton(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(patchpack, "available", lambda op, impl: "Triton is not installed.")
+    assert _demo(photos, tmp_path) == 2
+    assert _one_line(capsys) == "patchpack: cannot run the fused path: Triton is not installed."
+
+
+def test_demo_hides_half_of_every_photo(photos, tmp_path):
+    photos = _images.read([*photos, _photo(tmp_path / "tiny.png", 28, 28)], None, 3136)
+    for seed in range(20):
+        batch = _demo_model.pack(photos, seed, "cpu", torch.float32)
+        lengths = batch.merged.grid_thw.prod(dim=1).tolist()
+        hidden = [int(x.sum()) for x in batch.hidden.split(lengths)]
+        assert hidden == [max(1, n // 2) for n in lengths]
+
+
+def test_demo_draws_any_photo(tmp_path):
+    clear = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
+    clear.save(tmp_path / "costs_$x^$.png")
+    assert _demo([str(tmp_path / "costs_$x^$.png")], tmp_path, "--steps", "1") == 0
+    (photo,) = _images.read([tmp_path / "costs_$x^$.png"], None, None)
+    assert photo.image.getpixel((0, 0)) == (255, 255, 255)  # as the encoder sees it
+
+
+def test_json_is_strict():
+    text = to_json({"a": [math.nan, 1.5], "b": {"c": -math.inf}, "d": [True, "NaN", None]})
+    assert json.loads(text) == {"a": [None, 1.5], "b": {"c": None}, "d": [True, "NaN", None]}

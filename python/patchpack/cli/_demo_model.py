@@ -24,7 +24,6 @@ VIT = NativeViTConfig(hidden_size=160, depth=2, num_heads=2, out_size=WIDTH)
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 1, 128
 MROPE_SECTION = (16, 24, 24)
 NUM_BYTES = 256  # the words are bytes; the ids of markup come after them
-HIDDEN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Batch:
 
 
 def pack(photos: Sequence[Photo], seed: int, device: str, dtype: torch.dtype) -> Batch:
-    """Preprocess and pack photos, one sample each, and hide half of all tokens at random."""
+    """Preprocess and pack photos, one sample each, and hide half of each one's tokens."""
     pixels, grid = qwen2_vl.preprocess(
         [photo.image for photo in photos], [photo.plan for photo in photos], dtype=dtype
     )
@@ -80,12 +79,14 @@ def pack(photos: Sequence[Photo], seed: int, device: str, dtype: torch.dtype) ->
         merge_size=1,
     )
     generator = torch.Generator().manual_seed(seed)
+    lengths = merged.grid_thw.prod(dim=1).tolist()
+    hidden = [torch.randperm(n, generator=generator) < max(1, n // 2) for n in lengths]
     return Batch(
         pixels.to(device),
         grid.to(device),
         merged.to(device),
         half.to(device),
-        (torch.rand(merged.num_tokens, generator=generator) < HIDDEN_SHARE).to(device),
+        torch.cat(hidden).to(device),
         input_ids.to(device),
         cu_seqlens.to(device),
         position_ids.to(device),
@@ -147,13 +148,13 @@ class Restorer(nn.Module):
         }
 
 
-def differentiate(model: Restorer, batch: Batch) -> dict[str, Tensor]:
+def differentiate(model: Restorer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Everything that ``model`` computes, and the gradient of the loss in every parameter."""
     model.zero_grad()
     outputs = model(batch.visible(), batch)
     outputs["loss"].backward()
-    results = {name: x.detach() for name, x in outputs.items()}
+    gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"no gradient for {name}"
-        results[f"grad {name}"] = parameter.grad
-    return results
+        gradients[f"grad {name}"] = parameter.grad
+    return {name: x.detach() for name, x in outputs.items()}, gradients

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
+from PIL.Image import DecompressionBombError
 from rich.table import Table
+from rich.text import Text
 
 from patchpack.cli import CommandError
 from patchpack.systems import qwen2_vl
+from patchpack.systems._rgb import to_rgb
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image and what becomes of it."""
+    """An image, 8-bit RGB as the system sees it before it resizes, and what becomes of it."""
 
     name: str
     image: Image.Image
@@ -39,21 +43,23 @@ def read(paths: Sequence[str | Path], min_pixels: int | None, max_pixels: int | 
     for path in map(Path, paths):
         try:
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
+                image = to_rgb("image", ImageOps.exif_transpose(file))
             plan = qwen2_vl.plan(
                 image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels
             )
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, RuntimeError, DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CommandError(f"cannot use {path}: {reason}") from error
-        photos.append(Photo(path.stem, image, plan))
+        name = os.fsencode(path.stem).decode(errors="replace")  # a file's name may be any bytes
+        photos.append(Photo(name, image, plan))
     return photos
 
 
 def table(photos: Sequence[Photo]) -> Table:
     """One row an image, and their sums."""
-    table = Table("image", show_footer=True)
-    columns = ("size", "resized", "grid", "ViT tokens", "LLM tokens", "markup")
+    table = Table(show_footer=True)
+    table.add_column("image", overflow="fold")
+    columns = ("size", "resized", "grid", "ViT\ntokens", "LLM\ntokens", "markup")
     plans = [photo.plan for photo in photos]
     sums = [
         str(sum(getattr(plan, name) for plan in plans))
@@ -65,5 +71,6 @@ def table(photos: Sequence[Photo]) -> Table:
         plan = photo.plan
         sizes = ((plan.height, plan.width), plan.resized, plan.grid_thw)
         counts = (plan.vit_tokens, plan.llm_tokens, plan.markup_tokens)
-        table.add_row(photo.name, *("x".join(map(str, size)) for size in sizes), *map(str, counts))
+        cells = (*("x".join(map(str, size)) for size in sizes), *map(str, counts))
+        table.add_row(Text(photo.name), *cells)  # a name is no markup
     return table

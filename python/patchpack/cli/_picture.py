@@ -136,7 +136,7 @@ def _photo(axes: Axes, photo: Photo, colour: str) -> None:
     """The resized photo with a thin line around every patch and a strong one around every token."""
     plan = photo.plan
     height, width = plan.resized
-    axes.imshow(photo.image.convert("RGB").resize((width, height)), extent=(0, width, height, 0))
+    axes.imshow(photo.image.resize((width, height)), extent=(0, width, height, 0))
     patch, token = plan.patch_size, plan.patch_size * plan.merge_size
     for side, line, alpha in ((patch, 0.4, 0.4), (token, 0.8, 0.9)):
         x, y = np.arange(0, width + 1, side), np.arange(0, height + 1, side)
@@ -150,7 +150,8 @@ def _photo(axes: Axes, photo: Photo, colour: str) -> None:
     above = functools.partial(
         axes.annotate, xy=(0, 1), xycoords="axes fraction", textcoords="offset points"
     )
-    above(photo.name[:letters], xytext=(0, 16), color=colour, weight="bold")
+    name = photo.name[:letters]
+    above(name, xytext=(0, 16), color=colour, weight="bold", parse_math=False)
     above(sizes, xytext=(0, 5), size=8)
 
 

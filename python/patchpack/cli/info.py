@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
     for impl, reason in reasons.items():
         print(f"{impl} is not available: {reason}")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        impl = _dispatch.resolve(next(iter(SPECS)), None, torch.empty(0, device=device))
+        impl = _dispatch.resolve(next(iter(SPECS)), None, x=torch.empty(0, device=device))
         print(f"impl=None on {device} tensors is {impl!r}")
-    print("impl='triton' on cpu tensors is Triton's interpreter: correct, and slow")
+    if "triton" not in reasons:
+        print("impl='triton' on cpu tensors is Triton's interpreter: correct, and slow")
     return 0
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from rich.console import Console
 
-from patchpack.cli import _images
+from patchpack.cli import _images, to_json
 
 SYSTEMS = ("qwen2_vl",)
 
@@ -24,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     photos = _images.read(args.paths, args.min_pixels, args.max_pixels)
     if args.json:
         plans = [p.as_dict() | {"markup_tokens": p.plan.markup_tokens} for p in photos]
-        print(json.dumps(plans, indent=2))
+        print(to_json(plans))
     else:
         Console().print(_images.table(photos))
     return 0

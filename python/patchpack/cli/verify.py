@@ -7,8 +7,6 @@ as eager PyTorch does, against a float64 oracle; the table shows the case closes
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -20,7 +18,7 @@ from rich.table import Table
 
 import patchpack
 from patchpack import _dispatch
-from patchpack.cli import CommandError
+from patchpack.cli import CommandError, to_json
 from patchpack.testing.catalogue import SPECS
 from patchpack.testing.compare import Accuracy
 from patchpack.testing.contract import CHECKS, NOT_OWED_BY_REFERENCE, accuracies, subjects
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("cannot verify on cuda: torch finds no CUDA device")
     ops = [args.op] if args.op else list(SPECS)
-    impl = args.impl or _dispatch.resolve(ops[0], None, torch.empty(0, device=args.device))
+    impl = args.impl or _dispatch.resolve(ops[0], None, x=torch.empty(0, device=args.device))
     for op in ops:
         if reason := patchpack.available(op, impl):
             raise CommandError(f"cannot verify impl={impl!r} of {op}: {reason}")
@@ -68,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json:
         verdicts = [asdict(result) for result in results]
-        json.dump({"impl": impl, "device": args.device, "results": verdicts}, sys.stdout, indent=2)
-        print()
+        print(to_json({"impl": impl, "device": args.device, "results": verdicts}))
     else:
         console = Console()
         console.print(f"{impl} on {args.device}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,45 +42,74 @@ class Accuracy:
         )
 
 
-def measure(
-    name: str, actual: Tensor, eager: Tensor, oracle: Tensor, *, one_op: bool = True
-) -> Accuracy:
-    """Measure ``actual`` and ``eager`` against ``oracle``, the same computation in float64.
+class _Errors(NamedTuple):
+    """Of one tensor in one norm: the errors of ``actual`` and of eager, and the oracle's value."""
+
+    error: float
+    eager_error: float
+    value: float
+
+
+def measure(name: str, actual: Tensor, eager: Tensor, oracle: Tensor) -> Accuracy:
+    """Measure ``actual`` and ``eager`` of one op against ``oracle``, the same in float64.
 
     The largest error may be twice eager's plus one rounding of the largest value, the root mean
     square error twice eager's plus a third of a rounding of the root mean square value, within
-    ``MAX_RELATIVE_RMS``. Infinities must stand where the oracle has them. A model rounds many times
-    in a row: it is not ``one_op``, and eager alone is its yardstick.
+    ``MAX_RELATIVE_RMS``. Infinities must stand where the oracle has them.
     """
-    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, want {eager.dtype}"
-    assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, want {oracle.shape}"
     eps = torch.finfo(actual.dtype).eps
-    ceiling = MAX_RELATIVE_RMS[actual.dtype] if one_op else math.inf
-    actual, eager, oracle = actual.double(), eager.double(), oracle.double()
-    infinite = oracle.isinf()
-    assert torch.equal(actual.isinf() & (actual == oracle), infinite), f"{name}: infinities differ"
-    actual, eager, oracle = (x[~infinite] for x in (actual, eager, oracle))
-    if oracle.numel() == 0:
-        return Accuracy(name, 0, 0, 0, 0, 0, 0)
-
-    error, eager_error = _largest(actual - oracle), _largest(eager - oracle)
-    rms, eager_rms, scale = _rms(actual - oracle), _rms(eager - oracle), _rms(oracle)
-    budget = 2 * eager_error + eps * _largest(oracle)
-    rms_budget = min(2 * eager_rms + eps / 3 * scale, ceiling * scale)
+    (error, eager_error, largest), (rms, eager_rms, scale) = _errors(name, actual, eager, oracle)
+    budget = 2 * eager_error + eps * largest
+    rms_budget = min(2 * eager_rms + eps / 3 * scale, MAX_RELATIVE_RMS[actual.dtype] * scale)
     return Accuracy(name, error, eager_error, budget, rms, eager_rms, rms_budget)
 
 
+def measure_model(
+    actual: Mapping[str, Tensor], eager: Mapping[str, Tensor], oracle: Mapping[str, Tensor]
+) -> list[Accuracy]:
+    """Measure what a whole model computes, tensors by name, as ``measure`` does an op.
+
+    In a tensor of few numbers eager's error is luck, so all tensors share a yardstick: the largest
+    of eager's errors relative to the value of their tensor. Nothing but eager bounds it, because a
+    model rounds many times in a row.
+    """
+    errors = {name: _errors(name, actual[name], eager[name], oracle[name]) for name in oracle}
+    largest, rms = (_yardstick(norm) for norm in zip(*errors.values(), strict=True))
+    accuracies = []
+    for name, (in_max, in_rms) in errors.items():
+        eps = torch.finfo(actual[name].dtype).eps
+        budget = (2 * largest + eps) * in_max.value
+        rms_budget = (2 * rms + eps / 3) * in_rms.value
+        accuracies.append(Accuracy(name, *in_max[:2], budget, *in_rms[:2], rms_budget))
+    return accuracies
+
+
+def _yardstick(errors: Iterable[_Errors]) -> float:
+    """Eager's largest relative error; where all is zero, or eager overflows, there is none."""
+    relative = (e.eager_error / e.value for e in errors if e.value > 0)
+    return max((x for x in relative if math.isfinite(x)), default=0)
+
+
+def _errors(name: str, actual: Tensor, eager: Tensor, oracle: Tensor) -> tuple[_Errors, _Errors]:
+    """Errors and value of the finite numbers, in the maximum and in the root mean square."""
+    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, want {eager.dtype}"
+    assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, want {oracle.shape}"
+    actual, eager, oracle = actual.double(), eager.double(), oracle.double()
+    infinite = oracle.isinf()
+    assert torch.equal(actual.isinf() & (actual == oracle), infinite), f"{name}: infinities differ"
+    finite = [x[~infinite] for x in (actual - oracle, eager - oracle, oracle)]
+    return _Errors(*map(_largest, finite)), _Errors(*map(_rms, finite))
+
+
 def _largest(x: Tensor) -> float:
-    return x.abs().max().item()
+    return x.abs().max().item() if x.numel() else 0
 
 
 def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
+    return x.square().mean().sqrt().item() if x.numel() else 0
 
 
-def assert_as_accurate(
-    name: str, actual: Tensor, eager: Tensor, oracle: Tensor, *, one_op: bool = True
-) -> None:
+def assert_as_accurate(name: str, actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
     """Fail unless ``measure`` finds ``actual`` within its budgets."""
-    accuracy = measure(name, actual, eager, oracle, one_op=one_op)
+    accuracy = measure(name, actual, eager, oracle)
     assert accuracy.passed, str(accuracy)
