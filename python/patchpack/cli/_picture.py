@@ -79,7 +79,7 @@ def draw(
         _language_mask(*page.panel(MARGIN + step, panels, PANEL, PANEL), batch)
         _losses(page.axes(MARGIN + 2 * step, panels, PAGE - 2 * (MARGIN + step), PANEL), loss)
         _positions(*page.panel(MARGIN, positions, PAGE - 2 * MARGIN, POSITIONS), batch)
-        page.figure.savefig(path, dpi=130)
+        page.figure.savefig(path, dpi=110)
 
 
 class _Page:
