@@ -382,6 +382,24 @@ def test_masked_lanes_may_overflow_without_a_warning():
 
 
 @triton.jit
+def _one_mask_kernel(out_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    mine = tl.program_id(0).to(tl.int64) == 1  # Triton 3.9 casts it back to int64
+    tl.store(out_ptr + offs, 1.0, mask=mine)
+    tl.store(out_ptr + N + offs, 1.0, mask=(offs < 2) & mine)
+
+
+def test_one_comparison_masks_a_tile():
+    out = torch.zeros(8)
+    with interpreted():
+        _one_mask_kernel[(1,)](out, 4)
+    assert not out.any()
+    with interpreted():
+        _one_mask_kernel[(2,)](out, 4)
+    assert out.tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+
+
+@triton.jit
 def _twice(x):
     return x + x
 

@@ -80,7 +80,8 @@ def _probe_kernel(a_ptr, b_ptr, out_ptr):
     tl.store(out_ptr + 512 + tile, tl.where(a < b, a, b))
     tl.store(out_ptr + 768 + tile, a.to(tl.float32) / 3)
     tl.store(out_ptr + 1024 + tile, tl.sum(a, axis=1)[:, None] + tl.zeros_like(a))
-    tl.store(out_ptr + 1280 + tile, tl.fma(a, b, a))
+    one = tl.program_id(0) == 0
+    tl.store(out_ptr + 1280 + tile, tl.fma(a, b, a), mask=(tile < 256) & one)
 
 
 class Builder(InterpreterBuilder):
@@ -110,9 +111,9 @@ class Builder(InterpreterBuilder):
 
     def binary_op(self, lhs, rhs, op):
         result = super().binary_op(_widened(lhs), _widened(rhs), op)
-        if lhs.dtype.scalar != tl.bfloat16 or result.data.dtype == np.bool_:
-            return result
-        return _rounded(result.data)
+        if result.data.dtype == np.bool_:  # else a mask of one would be cast to what was compared
+            return TensorHandle(result.data, tl.int1)
+        return _rounded(result.data) if lhs.dtype.scalar == tl.bfloat16 else result
 
     # A number beats NaN, unless the caller asks for propagation.
     def create_maxnumf(self, lhs, rhs):
