@@ -32,15 +32,22 @@ def _find_tile(cu_seqlens_ptr, num_segments, search_steps, tile, BLOCK: tl.const
         low = tl.where(first <= tile, middle, low)
         high = tl.where(first <= tile, high, middle - 1)
     first = tl.load(cu_seqlens_ptr + low) // BLOCK + low
-    return low, ((tile - first) * BLOCK).to(tl.int32)
+    return low, (tl.maximum(tile - first, 0) * BLOCK).to(tl.int32)
 
 
 @triton.jit
-def _rows_of(cu_seqlens_ptr, segment, num_segments, num_tokens):
-    """First row of a segment and its number of rows; the one past the last ends at num_tokens."""
-    begin = tl.load(cu_seqlens_ptr + segment)
-    end = tl.load(cu_seqlens_ptr + segment + 1, mask=segment < num_segments, other=num_tokens)
-    return begin, tl.maximum(end - begin, 0)
+def _rows_of(cu_seqlens_ptr, segment, num_segments, num_tokens, PADDING: tl.constexpr):
+    """First row of a segment and its number of rows; with PADDING the one past the last has some.
+
+    Whatever ``cu_seqlens`` holds, these are rows of the tensor.
+    """
+    begin = tl.maximum(tl.load(cu_seqlens_ptr + segment), 0)
+    end = tl.load(
+        cu_seqlens_ptr + segment + 1,
+        mask=segment < num_segments,
+        other=num_tokens if PADDING else 0,
+    )
+    return begin, tl.maximum(tl.minimum(end, num_tokens) - begin, 0)
 
 
 @triton.jit
@@ -157,8 +164,8 @@ def _accumulate(acc, p, x, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "num_segments", "search_steps", "num_tokens", "stride_q_t", "stride_q_h", "stride_k_t",
-        "stride_k_h", "stride_v_t", "stride_v_h", "left", "right",
+        "num_segments", "search_steps", "num_q_tokens", "num_k_tokens", "stride_q_t", "stride_q_h",
+        "stride_k_t", "stride_k_h", "stride_v_t", "stride_v_h", "left", "right",
     ]
 )  # fmt: skip
 def _attend_fwd_kernel(
@@ -173,7 +180,8 @@ def _attend_fwd_kernel(
     # sizes and strides, in units of STRIDE_UNIT elements
     num_segments,
     search_steps,
-    num_tokens,
+    num_q_tokens,
+    num_k_tokens,
     stride_q_t,
     stride_q_h,
     stride_k_t,
@@ -202,8 +210,8 @@ def _attend_fwd_kernel(
     segment, first_q = _find_tile(
         cu_seqlens_q_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_Q
     )
-    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_tokens)
-    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, 0)
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
+    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
     if first_q >= len_q:
         return
 
@@ -252,7 +260,7 @@ def _attend_fwd_kernel(
             top = new_top
 
     lse = (top + tl.log2(total)) / _LOG2_E
-    tl.store(lse_ptr + head * num_tokens + begin_q + offs_q, lse, mask=mask_q)
+    tl.store(lse_ptr + head * num_q_tokens + begin_q + offs_q, lse, mask=mask_q)
     share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_ptrs = _rows_from(out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
     _store(out_ptrs, (acc[0] * share, acc[1] * share), mask_q, HEAD_DIM, D0, D1)
@@ -260,8 +268,8 @@ def _attend_fwd_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "num_segments", "search_steps", "num_tokens", "stride_q_t", "stride_q_h", "stride_k_t",
-        "stride_k_h", "stride_v_t", "stride_v_h", "left", "right",
+        "num_segments", "search_steps", "num_q_tokens", "num_k_tokens", "stride_q_t", "stride_q_h",
+        "stride_k_t", "stride_k_h", "stride_v_t", "stride_v_h", "left", "right",
     ]
 )  # fmt: skip
 def _attend_bwd_dq_kernel(
@@ -281,7 +289,8 @@ def _attend_bwd_dq_kernel(
     # sizes and strides, in units of STRIDE_UNIT elements
     num_segments,
     search_steps,
-    num_tokens,
+    num_q_tokens,
+    num_k_tokens,
     stride_q_t,
     stride_q_h,
     stride_k_t,
@@ -312,8 +321,8 @@ def _attend_bwd_dq_kernel(
     segment, first_q = _find_tile(
         cu_seqlens_q_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_Q
     )
-    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_tokens)
-    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, 0)
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
+    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
     if first_q >= len_q:
         return
 
@@ -328,14 +337,15 @@ def _attend_bwd_dq_kernel(
     offs_q = first_q + tl.arange(0, BLOCK_Q)
     offs_k = tl.arange(0, BLOCK_K)
     mask_q = offs_q < len_q
-    offs_row = head * num_tokens + begin_q + offs_q
+    offs_row = head * num_q_tokens + begin_q + offs_q
     q_ptrs = _rows_from(q_ptr, first_q, stride_q_t, STRIDE_UNIT, BLOCK_Q)
     out_ptrs = _rows_from(out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
     grad_out_ptrs = _rows_from(grad_out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
     q = _load(q_ptrs, mask_q, HEAD_DIM, D0, D1)
     out = _load(out_ptrs, mask_q, HEAD_DIM, D0, D1)
-    grad_out = _load(grad_out_ptrs, mask_q, HEAD_DIM, D0, D1)
     lse = tl.load(lse_ptr + offs_row, mask=mask_q, other=0.0) * _LOG2_E
+    sees = mask_q & (lse != float("-inf"))  # a query without keys passes no gradient on, not NaN
+    grad_out = _load(grad_out_ptrs, sees, HEAD_DIM, D0, D1)
 
     # delta[i] = grad_out[i] . out[i] - grad_lse[i]
     delta = tl.sum(out[0].to(tl.float32) * grad_out[0].to(tl.float32), axis=1)
@@ -343,7 +353,7 @@ def _attend_bwd_dq_kernel(
         delta += tl.sum(out[1].to(tl.float32) * grad_out[1].to(tl.float32), axis=1)
     grad_lse = tl.zeros_like(delta)
     if HAS_GRAD_LSE:
-        grad_lse = tl.load(grad_lse_ptr + offs_row, mask=mask_q, other=0.0)
+        grad_lse = tl.load(grad_lse_ptr + offs_row, mask=sees, other=0.0)
     delta -= grad_lse
 
     acc = _zeros(BLOCK_Q, D0, D1)
@@ -445,8 +455,8 @@ def _attend_bwd_dkv_kernel(
     segment, first_k = _find_tile(
         cu_seqlens_k_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_K
     )
-    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens)
-    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, 0)
+    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, True)
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, False)
     if first_k >= len_k:
         return
 
@@ -487,8 +497,9 @@ def _attend_bwd_dkv_kernel(
                 q_ptrs = _rows_from(of_q_ptr, first_q, stride_q_t, STRIDE_UNIT, BLOCK_Q)
                 grad_out_ptrs = _rows_from(of_grad_out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
                 q = _load(q_ptrs, mask_q, HEAD_DIM, D0, D1)
-                grad_out = _load(grad_out_ptrs, mask_q, HEAD_DIM, D0, D1)
                 lse = tl.load(of_lse_ptr + first_q + offs_q, mask=mask_q, other=0.0) * _LOG2_E
+                sees = mask_q & (lse != float("-inf"))
+                grad_out = _load(grad_out_ptrs, sees, HEAD_DIM, D0, D1)
                 delta = tl.load(of_delta_ptr + first_q + offs_q, mask=mask_q, other=0.0)
 
                 # transposed, keys by queries
@@ -581,16 +592,16 @@ def attend(
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
-    num_tokens, num_heads, _ = q.shape
+    num_q_tokens, num_heads, _ = q.shape
     num_segments = cu_seqlens_q.shape[0] - 1
     q, k, v = (_addressable(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
-    lse = q.new_empty((num_heads, num_tokens), dtype=torch.float32)
-    if num_tokens == 0:
+    lse = q.new_empty((num_heads, num_q_tokens), dtype=torch.float32)
+    if num_q_tokens == 0:
         return out, lse
     strides, constants = _arguments(q, k, v, left, right)
     tiles = _tiles("fwd", q)
-    _attend_fwd_kernel[(num_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
+    _attend_fwd_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
         q,
         k,
         v,
@@ -600,7 +611,8 @@ def attend(
         cu_seqlens_k.contiguous(),
         num_segments,
         num_segments.bit_length(),
-        num_tokens,
+        num_q_tokens,
+        k.shape[0],
         *strides,
         softmax_scale,
         left,
@@ -656,6 +668,7 @@ def attend_bwd(
             num_segments,
             steps,
             num_q_tokens,
+            num_k_tokens,
             *strides,
             *scalars,
             HAS_GRAD_LSE=grad_lse is not None,

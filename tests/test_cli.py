@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -193,6 +194,26 @@ def test_verify_fails_where_an_op_is_wrong(quick, monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_verify_keeps_a_failure_though_memory_ran_out(quick, monkeypatch, capsys):
+    monkeypatch.setitem(
+        SPECS, "rope", dataclasses.replace(quick, cases=quick.cases | {"large": {}})
+    )
+
+    def check(subject):
+        if subject.case == "large":
+            raise torch.OutOfMemoryError("no memory")
+        if not fine:
+            raise AssertionError("it is wrong")
+
+    monkeypatch.setattr(verify, "CHECKS", {"strided inputs": check})
+    for fine, status, passed in ((True, 0, None), (False, 1, False)):
+        assert main(["verify", "--op", "rope", "--impl", "triton", "--json"]) == status
+        _, verdicts = _verdicts(capsys)
+        assert verdicts["strided inputs"]["passed"] is passed
+        message = verdicts["strided inputs"]["message"]
+        assert message == ("large: no memory" if fine else "small: AssertionError: it is wrong")
+
+
 def test_verify_says_why_it_cannot(monkeypatch, capsys):
     monkeypatch.setattr(patchpack, "available", lambda op, impl: "it is not here.")
     assert main(["verify", "--op", "rope", "--impl", "native"]) == 2
@@ -306,6 +327,25 @@ def test_demo_draws_any_photo(tmp_path):
     assert _demo([str(tmp_path / "costs_$x^$.png")], tmp_path, "--steps", "1") == 0
     (photo,) = _images.read([tmp_path / "costs_$x^$.png"], None, None)
     assert photo.image.getpixel((0, 0)) == (255, 255, 255)  # as the encoder sees it
+
+
+def test_names_hold_no_commands_for_a_terminal(tmp_path, capsys):
+    path = _photo(tmp_path / "a\x1b[2Jb\nc\udcff.png", 56, 56)
+    assert main(["plan", path]) == 0
+    assert "\x1b" not in (printed := capsys.readouterr().out)
+    assert "a\ufffd[2Jb\ufffdc\ufffd" in printed
+    assert main(["plan", path + "\n\x1b[2J"]) == 2
+    assert "\x1b" not in _one_line(capsys)
+
+
+def test_names_in_any_script(tmp_path, photos):
+    path = _photo(tmp_path / "写真.png", 56, 56)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, "-m", "patchpack", "plan", path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "56x56" in done.stdout
+    assert _demo([path], tmp_path, "--steps", "1") == 0  # warnings are errors
 
 
 def test_json_is_strict():

@@ -1,5 +1,6 @@
 """What every op owes, over the whole catalogue: see ``patchpack.testing.contract``."""
 
+import importlib
 import itertools
 
 import pytest
@@ -30,6 +31,45 @@ def test_half_precision_keeps_the_bits_of_its_batch(op):
         subject = Subject(op, next(iter(SPECS[op].cases)), dtype)
         for check in ("packed as alone", "strided inputs", "deterministic"):
             CHECKS[check](subject)
+
+
+# faults that no kernel has are seen
+
+READS = {
+    "item": lambda x: x.flatten()[0].item(),
+    "tolist": lambda x: x.tolist(),
+    "int": lambda x: int(x.shape[0] and x.flatten()[0]),
+    "bool": lambda x: bool((x == x).all()),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to(torch.device("cpu")),
+    "nonzero": lambda x: x.nonzero(),
+    "numpy": lambda x: x.detach().numpy(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    ("op", "launcher"),
+    [("mrope", "rotate"), ("rope_2d", "rotate"), ("varlen_attention", "attend_bwd")],
+)
+def test_a_launcher_that_waits_is_seen(op, launcher, read, monkeypatch):
+    module = importlib.import_module(f"patchpack.kernels.{op}")
+    original = getattr(module, launcher)
+
+    def waiting(*args):
+        READS[read](args[0])
+        return original(*args)
+
+    monkeypatch.setattr(module, launcher, waiting)
+    with pytest.raises(AssertionError, match="the host waits for the device"):
+        CHECKS["no host sync"](Subject(op, next(iter(SPECS[op].cases))))
+
+
+def test_a_copy_of_a_view_is_seen(monkeypatch):
+    module = importlib.import_module("patchpack.kernels.varlen_attention")
+    monkeypatch.setattr(module, "_addressable", torch.Tensor.contiguous)
+    with pytest.raises(AssertionError, match="q was copied"):
+        CHECKS["strided inputs"](Subject("varlen_attention", "lse"))
 
 
 @pytest.mark.gpu

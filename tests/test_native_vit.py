@@ -267,6 +267,13 @@ SIZE_NAMES = (
             ValueError,
             "hidden_size must divide by 4 * num_heads = 12, got 64",
         ),
+        (
+            {"hidden_size": 512, "num_heads": 2},
+            ValueError,
+            "hidden_size must be at most 128 * num_heads = 256, got 512",
+        ),
+        ({"mlp_ratio": 1e-4}, ValueError, "mlp_ratio must give at least 1 channel, got 0.0001"),
+        ({"rope_interleaved": "yes"}, TypeError, "rope_interleaved must be a bool, got 'yes'"),
         ({"mlp_ratio": 0}, ValueError, "mlp_ratio must be above 0, got 0"),
         ({"mlp_ratio": None}, TypeError, "mlp_ratio must be a number, got None"),
         ({"rope_base": -1.0}, ValueError, "rope_base must be above 0, got -1.0"),
@@ -282,6 +289,11 @@ def test_a_config_names_what_it_refuses(change, error, message):
     with pytest.raises(error) as raised:
         NativeViTConfig(**change)
     assert str(raised.value) == message
+
+
+def test_the_ratio_of_two_sizes_gives_the_size():
+    for size in (1, 1951, 1952, 5419):
+        assert NativeViTConfig(hidden_size=448, mlp_ratio=size / 448).mlp_size == size
 
 
 def test_impl_that_is_not_available_is_refused():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchpack import PackedGrid
+from patchpack import PackedGrid, interpolate_tokens
 from patchpack.packing import validate_cu_seqlens
 
 SIDES = st.integers(1, 6)
@@ -195,8 +195,44 @@ def test_numpy_integers_are_integers():
 def test_a_grid_from_inference_mode_serves_training():
     with torch.inference_mode():
         grid = PackedGrid([(4, 4)])
+        assert grid.position_ids.shape == (16, 2)
     assert not grid.geometry.is_inference()
     assert not grid.position_ids.is_inference()
+
+
+def test_what_is_made_of_a_grid_keeps_its_segments():
+    for merge_temporal in (False, True):
+        grid = PackedGrid([(3, 4, 4), (1, 2, 2)], 2, merge_temporal)
+        made = grid.merged(), grid.resized((4, 6)), grid.to("meta"), grid.to("meta").to("cpu")
+        for each in made:
+            assert each.merge_temporal is merge_temporal
+            assert each.num_segments == (2 if merge_temporal else 4)
+
+
+def test_changing_the_sizes_that_it_shows_changes_nothing_else():
+    grid = PackedGrid([(1, 4, 4)])
+    grid.grid_thw[0, 0] = 100_000
+    for each in (grid.merged(), grid.resized((2, 2)), grid.to("meta").to("cpu")):
+        assert each.grid_thw[0, 0] == 1
+    with pytest.raises(
+        ValueError, match=r"grid_thw\[0\] must be \[1, 4, 4\], got \[100000, 4, 4\]"
+    ):
+        grid.validate()
+
+
+def test_ops_follow_a_grid_that_a_compiled_function_makes():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def shrink(x, grid):
+        tokens = x.unflatten(0, (-1, 4)).mean(dim=1)
+        return interpolate_tokens(tokens, grid.merged(), (2, 2), impl="triton")[0]
+
+    for sizes in ([(1, 4, 4), (1, 8, 4)], [(2, 4, 4), (1, 8, 8), (1, 4, 12)]):
+        grid = PackedGrid(sizes, 2)
+        x = torch.arange(grid.num_tokens * 3.0).view(-1, 3)
+        want, _ = interpolate_tokens(
+            x.unflatten(0, (-1, 4)).mean(dim=1), grid.merged(), (2, 2), impl="triton"
+        )
+        assert torch.equal(shrink(x, grid), want)
 
 
 def test_validate_sees_a_changed_tensor():
@@ -218,7 +254,11 @@ def test_validate_sees_a_changed_tensor():
         ((torch.ones(2, 3),), TypeError, r"grid_thw must have an integer dtype, got torch.float32"),
         ((torch.ones(3, dtype=int),), ValueError, r"shape \[G, 3\] or \[G, 2\], got \[3\]"),
         ((torch.ones(3, 4, dtype=int),), ValueError, r"\[G, 3\] or \[G, 2\], got \[3, 4\]"),
-        (([(4, 4)], 0), ValueError, r"spatial_merge_size must be at least 1, got 0"),
+        (([(4, -(2**70))],), ValueError, r"grid_thw\[0\] must be below 2\*\*31 on every axis, got"),
+        ((np.array(3),), ValueError, r"grid_thw must have shape \[G, 3\] or \[G, 2\], got \[\]"),
+        ((torch.ones(1, 3, dtype=int, device="meta"),), ValueError, r"must hold values, got a ten"),
+        (([(4, 4)], 2**63), ValueError, r"spatial_merge_size must be at least 1 and below 2\*\*31"),
+        (([(4, 4)], 0), ValueError, r"spatial_merge_size must be at least 1 .*, got 0"),
         (([(4, 4)], 2.0), TypeError, r"spatial_merge_size must be an int, got 2.0"),
         (([(1, 65536, 65536)],), ValueError, r"fewer than 2\*\*31 tokens, got 4294967296"),
         (([(1, 2**15, 2**16)],), ValueError, r"fewer than 2\*\*31 tokens, got 2147483648"),
@@ -236,6 +276,33 @@ def test_bad_sizes_are_named(arguments, error, message):
         PackedGrid(*arguments)
 
 
+@pytest.mark.parametrize("device", ["nowhere", 3.5])
+def test_a_bad_device_is_named(device):
+    for make in (PackedGrid([(2, 2)]).to, lambda device: PackedGrid([(2, 2)], device=device)):
+        with pytest.raises(ValueError, match=f"device must be a device of torch, got {device!r}"):
+            make(device)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((2, 2), 0), r"^spatial_merge_size must be at least 1"),
+        (((2, 2), 2**64), r"^spatial_merge_size must be at least 1 and below 2\*\*31"),
+        (((-(2**70), 3),), r"^target_hw must be below 2\*\*31"),
+        (((0, 3),), r"^target_hw does not fit: grid_thw\[0\] must be at least 1"),
+    ],
+)
+def test_bad_targets_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PackedGrid([(4, 4)]).resized(*arguments)
+
+
+def test_targets_may_be_arrays():
+    grid = PackedGrid([(4, 4), (2, 6)])
+    for target in (np.array([3, 5]), np.array([[3, 5], [3, 5]], dtype=np.int32)):
+        assert grid.resized(target).grid_thw.tolist() == [[1, 3, 5]] * 2
+
+
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
@@ -247,3 +314,11 @@ def test_bad_sizes_are_named(arguments, error, message):
 def test_bad_cu_seqlens_are_named(bounds, message):
     with pytest.raises(ValueError, match=message):
         validate_cu_seqlens(torch.tensor(bounds, dtype=torch.int32), 10)
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 4], torch.tensor(0), torch.tensor([[0, 4]]), torch.tensor([0.0, 4.0])]
+)
+def test_cu_seqlens_of_another_kind_are_refused(bounds):
+    with pytest.raises(TypeError, match="cu_seqlens must be"):
+        validate_cu_seqlens(bounds, 10)

@@ -209,7 +209,7 @@ def test_a_plan_follows_patch_and_merge_size(patch_size, merge_size):
         ({"min_pixels": 0}, ValueError, "min_pixels must be above 0, got 0"),
         ({"max_pixels": math.nan}, ValueError, "max_pixels must be above 0, got nan"),
         ({"min_pixels": "many"}, TypeError, "min_pixels must be a number, got 'many'"),
-        ({"min_pixels": math.inf}, ValueError, "min_pixels must be finite, got inf"),
+        ({"min_pixels": math.inf}, ValueError, "min_pixels must be below 2**127, got inf"),
         ({"height": 2**63}, ValueError, f"height must be below 2**63, got {2**63}"),
         (
             {"height": 10**200, "width": 10**200},
@@ -440,6 +440,10 @@ def test_plan_video_names_what_it_refuses(arguments, error, message):
 def test_frame_indices_names_what_it_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         frame_indices(*arguments)
+
+
+def test_no_frame_lies_past_the_last():
+    assert frame_indices(16_777_220, 2) == (0, 16_777_219)  # which float32 rounds up
 
 
 # Patches -----------------------------------------------------------------------------------------
@@ -699,6 +703,9 @@ IMAGE = np.zeros((56, 56, 3), np.uint8)
         ([IMAGE], {"dtype": torch.uint8}, TypeError, "dtype must be floating, got torch.uint8"),
         ([IMAGE], {"dtype": "float32"}, TypeError, "dtype must be floating, got 'float32'"),
         ([IMAGE], {"std": (1, 1)}, ValueError, r"std must have 3 numbers, got \(1, 1\)"),
+        ([IMAGE], {"mean": "abc"}, ValueError, "mean must have 3 numbers, got 'abc'"),
+        ([IMAGE], {"std": [[1], 1, 1]}, ValueError, r"std must have 3 numbers, got \[\[1\], 1"),
+        ([torch.zeros(30, 40, 3)], {}, ValueError, r"3 or 4 channels, got \[30, 40, 3\]"),
         ([IMAGE], {"mean": 0.5}, ValueError, "mean must have 3 numbers, got 0.5"),
         ([IMAGE], {"mean": (0, 0, math.nan)}, ValueError, "mean must have 3 numbers, got"),
         ([IMAGE], {"std": (1, 0, 1)}, ValueError, r"std must be above 0, got \(1, 0, 1\)"),
@@ -1154,6 +1161,24 @@ def test_validate_vision_tokens_names_what_does_not_fit(ids, arguments, message)
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         validate_vision_tokens(ids, **arguments)
     assert str(raised.value).endswith(message)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"image_grid_thw": torch.tensor([[1, 1, 4]])},
+        {"image_grid_thw": torch.zeros(1, 3, dtype=torch.int64)},
+        {"cu_seqlens": bounds(0, 9)},
+        {"cu_seqlens": bounds(-4, 2)},
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_end_no_process(arguments):
+    """On a CUDA device an index out of bounds would."""
+    position_ids, _ = mrope_position_ids(IDS[0], **arguments)
+    assert position_ids.shape == (3, 4)
+    with pytest.raises(ValueError, match="must"):
+        validate_vision_tokens(IDS[0], **arguments)
 
 
 def test_no_sample_has_no_tokens_to_validate():

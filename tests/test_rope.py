@@ -68,15 +68,42 @@ def test_turning_back_gives_the_input():
     torch.testing.assert_close(back, q)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_half_of_a_partial_table_of_transformers_is_what_counts(interleaved):
+def test_half_of_a_partial_table_of_transformers_is_what_counts():
     q = torch.randn(5, 2, 64)
     angle = torch.randn(5, 8)
-    table = angle.repeat_interleave(2, dim=1) if interleaved else angle.repeat(1, 2)
-    half = table[:, ::2] if interleaved else table[:, :8]
-    turned, _ = rope(q, q, half.cos(), half.sin(), interleaved=interleaved)
-    whole, _ = rope(q[..., :16], q[..., :16], table.cos(), table.sin(), interleaved=interleaved)
+    turned, _ = rope(q, q, angle.cos(), angle.sin())
+    table = angle.repeat(1, 2)
+    whole, _ = rope(q[..., :16], q[..., :16], table.cos(), table.sin())
     torch.testing.assert_close(turned, torch.cat([whole, q[..., 16:]], dim=-1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("model", "widen", "halve"),
+    [
+        ("glm", lambda x: x.repeat(1, 2), lambda x: x[:, :16]),
+        ("cohere", lambda x: x.repeat_interleave(2, dim=1), lambda x: x[:, ::2]),
+    ],
+)
+def test_transformers_has_two_tables_for_interleaved_pairs(model, widen, halve, impl):
+    modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    q, k = torch.randn(2, 7, 4, 32)
+    angle = widen(torch.randn(7, 16))
+    cos, sin = angle.cos(), angle.sin()
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k))
+    want = modeling.apply_rotary_pos_emb(*heads_first, cos[None], sin[None])
+    got = rope(q, k, halve(cos), halve(sin), interleaved=True, impl=impl)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y[0].transpose(0, 1), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="cos must have 1 to 16 columns if interleaved, got 32"):
+        rope(q, k, cos, sin, interleaved=True, impl=impl)
+
+
+def test_a_table_may_require_a_gradient_where_none_is_taken():
+    angle = torch.randn(5, 32, requires_grad=True)
+    with torch.no_grad():
+        rope(Q, Q, angle.cos(), angle.sin())
+        rope(Q, Q, angle, angle)
 
 
 def test_what_is_no_tensor_is_named():

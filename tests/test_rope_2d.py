@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchpack import PackedGrid, rope_2d
+from patchpack import PackedGrid, available, rope_2d
 from patchpack.testing import compiled
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
@@ -183,7 +183,7 @@ GRID = PackedGrid([(3, 4)])
         ({"q": Q[..., :6], "k": Q[..., :6]}, ValueError, r"head size that divides by 4, got 6"),
         ({"q": Q[..., :0], "k": Q[..., :0]}, ValueError, r"head size that divides by 4, got 0"),
         ({"base": 0}, ValueError, r"base must be above 0, got 0"),
-        ({"base": float("inf")}, ValueError, r"base must be finite, got inf"),
+        ({"base": float("inf")}, ValueError, r"base must be below 2\*\*127, got inf"),
         ({"interleaved": "x"}, TypeError, r"interleaved must be a bool, got 'x'"),
         ({"base": "1"}, TypeError, r"base must be a number, got '1'"),
         (
@@ -196,6 +196,11 @@ GRID = PackedGrid([(3, 4)])
 def test_bad_arguments_are_named(change, error, message, impl):
     with pytest.raises(error, match=message):
         rope_2d(**{"q": Q, "k": Q, "grid": GRID, **change}, impl=impl)
+
+
+def test_no_op_has_a_name_that_is_no_string():
+    with pytest.raises(ValueError, match=r"op must be one of .*, got \['rope'\]"):
+        available(["rope"], "triton")
 
 
 def test_an_implementation_never_falls_back():

@@ -4,10 +4,12 @@ import itertools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from patchpack import reference, varlen_attention
 from patchpack.kernels import varlen_attention as kernels
@@ -227,6 +229,65 @@ def test_queries_without_keys_give_nothing(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (1, 0)}], ids=str)
+def test_queries_without_keys_pass_no_nan_on(options, impl):
+    cu_seqlens_q, cu_seqlens_k = bounds(70, 4), bounds(30, 0)
+    q, k, v = heads(74), heads(30), heads(30)
+    grad_out, grad_lse = torch.randn_like(q), torch.randn(2, 74)
+    arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    want = gradients(impl, grad_out, grad_lse, *arguments, **options)
+    alone = want[1][0] == -math.inf
+    assert alone.sum() == 44
+    grad_out[alone], grad_lse[:, alone] = math.nan, math.inf
+    for x, y in zip(gradients(impl, grad_out, grad_lse, *arguments, **options), want, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("lengths", [(20, 20), (20, 9)], ids=str)
+@pytest.mark.parametrize("unlimited", [2**30, 2**31 - 1, sys.maxsize, 2**63])
+def test_a_window_larger_than_any_segment_is_none(unlimited, lengths, impl):
+    q, k, v = heads(lengths[0]), heads(lengths[1]), heads(lengths[1])
+    arguments = (torch.randn_like(q), torch.randn(2, lengths[0]), q, k, v)
+    arguments += tuple(bounds(n) for n in lengths)
+    for side in (-1, 0):
+        for mirror in (tuple, lambda pair: tuple(reversed(pair))):
+            want = gradients(impl, *arguments, window_size=mirror((-1, side)))
+            got = gradients(impl, *arguments, window_size=mirror((unlimited, side)))
+            for x, y in zip(got, want, strict=True):
+                assert torch.equal(x, y)
+
+
+BAD_CU_SEQLENS = [(0, 9), (0, 100_000), (0, 2**31 - 1), (-3, 5), (2, 5), (0, 4, 2, 5), (5, 0)]
+
+
+@pytest.mark.parametrize("cu_seqlens", BAD_CU_SEQLENS, ids=str)
+def test_bad_values_of_cu_seqlens_stay_within_the_tensors(cu_seqlens):
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    arguments = [heads(5), torch.randn(2, 5), heads(5), heads(5), heads(5), cu_seqlens]
+    gradients("triton", *arguments)  # or it ends with the process
+    with pytest.raises(ValueError, match="cu_seqlens must"):
+        gradients("reference", *arguments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_of_float16_may_exceed_it(impl):
+    q = 25 * heads(32, 2, 128, torch.float16)
+    out, lse = varlen_attention(q, q, q, bounds(32), return_lse=True, impl=impl)
+    assert out.isfinite().all()
+    assert lse.max() * 128**0.5 > torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_changes_nothing(impl):
+    q = heads(9).requires_grad_()
+    want = varlen_attention(q, q, q, bounds(9), impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = varlen_attention(q, q, q, bounds(9), impl=impl)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_keys_without_queries_get_no_gradient(impl):
     q, k, v = heads(3), heads(70), heads(70)
     *_, grad_k, grad_v = gradients(
@@ -258,8 +319,22 @@ def test_rows_of_one_segment_may_lie_far_apart():
     q = heads(200, 1, 16, torch.float16)
     apart = torch.empty(200, 2**24, dtype=q.dtype)[:, None, :16].copy_(q)
     assert apart[-1:].storage_offset() > 2**31
-    got = varlen_attention(apart, apart, apart, bounds(200), impl="triton")
-    assert torch.equal(got, varlen_attention(q, q, q, bounds(200), impl="triton"))
+    grad_out, grad_lse = torch.randn_like(q), torch.randn(1, 200)
+    want = gradients("triton", grad_out, grad_lse, q, q, q, bounds(200))
+    got = gradients("triton", grad_out, grad_lse, apart, apart, apart, bounds(200))
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
+# torch's own, at the first tangent
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_tangent_is_refused():
+    q = heads(5)
+    with forward_ad.dual_level():
+        for name in "qkv":
+            dual = {**dict.fromkeys("qkv", q), name: forward_ad.make_dual(q, q)}
+            with pytest.raises(ValueError, match=f"{name} must have no tangent"):
+                varlen_attention(**dual, cu_seqlens_q=bounds(5), impl="triton")
 
 
 def test_a_second_derivative_is_refused():
@@ -337,6 +412,9 @@ Q, CU = torch.zeros(6, 4, 16), bounds(2, 4)
         ({"max_seqlen_q": 4.0}, TypeError, r"max_seqlen_q must be an int or None, got float"),
         ({"max_seqlen_k": CU}, TypeError, r"max_seqlen_k must be an int or None, got Tensor"),
         ({"softmax_scale": 0.0}, ValueError, r"softmax_scale must be above 0, got 0.0"),
+        ({"max_seqlen_k": True}, TypeError, r"max_seqlen_k must be an int or None, got bool"),
+        ({"softmax_scale": 10**400}, ValueError, r"softmax_scale must be below 2\*\*127, got 1000"),
+        ({"q": Q.to_sparse()}, TypeError, r"q must be a strided tensor, got a torch.sparse_coo"),
         ({"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number, got '1'"),
         ({"window_size": (4, -2)}, ValueError, r"window_size must be two integers of -1 or more"),
         ({"window_size": (4,)}, ValueError, r"window_size must be two integers .*got \(4,\)"),

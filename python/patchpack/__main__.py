@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
-from patchpack.cli import CommandError
+from patchpack.cli import CommandError, printable
 
 COMMANDS = {
     "demo": "photos through the fused path and the reference: forward, backward, training",
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="COMMAND --help lists them")
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names may have what the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         # only now, so that `info` runs where the others lack what they need
         module = importlib.import_module(f"patchpack.cli.{args.command}")
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in DEMO_EXTRA:
             raise
         message = f"{args.command} needs {error.name}: pip install 'patchpack[demo]'"
-    print(f"patchpack: {message}", file=sys.stderr)
+    print(f"patchpack: {printable(message)}", file=sys.stderr)
     return 2
 
 

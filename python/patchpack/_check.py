@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from patchpack.packing import PackedGrid, is_integer
 
@@ -18,6 +18,9 @@ def shape(name: str, x: Tensor, *want: int | None) -> None:
     """``x`` is a tensor whose sizes are ``want``; ``None`` stands for any size."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
     if x.ndim != len(want) or any(
         w is not None and n != w for n, w in zip(x.shape, want, strict=True)
     ):
@@ -33,8 +36,15 @@ def dtype(name: str, x: Tensor, *want: torch.dtype) -> None:
 
 
 def floating(impl: str, **tensors: Tensor) -> None:
-    """All of ``tensors`` share one floating dtype; float64 is for the reference alone."""
+    """All of ``tensors`` share one floating dtype; float64 and tangents are for the reference."""
     (first, x), *rest = tensors.items()
+    if impl != "reference" and forward_ad._current_level >= 0:
+        for name, y in tensors.items():
+            if forward_ad.unpack_dual(y).tangent is not None:
+                raise ValueError(
+                    f"{name} must have no tangent: forward mode is for impl='reference',"
+                    f" got {impl!r}"
+                )
     dtype(first, x, *FLOATS, *((torch.float64,) if impl == "reference" else ()))
     for name, y in rest:
         if y.dtype != x.dtype:
@@ -71,21 +81,21 @@ def flags(**values: bool) -> None:
 
 
 def window(name: str, sides: tuple[int, int]) -> list[int]:
-    """``sides`` is two integers of -1 (no limit) or more."""
+    """``sides`` is two integers of -1 (no limit) or more; what no segment reaches is no limit."""
     pair = integers(name, sides)
     if len(pair) != 2 or min(pair) < -1:
         raise ValueError(f"{name} must be two integers of -1 or more, got {sides}")
-    return pair
+    return [-1 if side >= 2**30 else side for side in pair]  # sums of int32 hold
 
 
 def positive(name: str, value: float) -> None:
-    """``value`` is a finite number above zero."""
+    """``value`` is a number above zero that fits into float32."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not value > 0:
         raise ValueError(f"{name} must be above 0, got {value}")
-    if value == math.inf:
-        raise ValueError(f"{name} must be finite, got {value}")
+    if value >= 2**127:  # the end of float32
+        raise ValueError(f"{name} must be below 2**127, got {value}")
 
 
 def heads(impl: str, q: Tensor, k: Tensor) -> None:
@@ -100,7 +110,9 @@ def grid_of(name: str, x: Tensor, grid: PackedGrid) -> None:
     """``grid`` describes the tokens of ``x``, on the same device."""
     if not isinstance(grid, PackedGrid):
         raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
-    if x.shape[0] != grid.num_tokens:
+    if torch.compiler.is_compiling():  # of a grid that is made in the graph
+        torch._check(x.shape[0] == grid.num_tokens)
+    elif x.shape[0] != grid.num_tokens:
         raise ValueError(
             f"{name} must have the {grid.num_tokens} tokens of grid, got {list(x.shape)}"
         )

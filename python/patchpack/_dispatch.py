@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 IMPLS = ("triton", "native", "reference")
+RUNS_ON = {"triton": ("cuda", "cpu", "meta"), "native": ("cpu",)}
 
 _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
 _OPS: set[str] = set()
@@ -43,7 +44,7 @@ def available(op: str, impl: str) -> str | None:
     Raises:
         ValueError: There is no such op or implementation.
     """
-    if op not in _OPS:
+    if op not in list(_OPS):
         raise ValueError(f"op must be one of {', '.join(sorted(_OPS))}, got {op!r}")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -55,16 +56,15 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
     ((name, x),) = first.items()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    device = x.device.type
     if impl is None:
-        if x.device.type != "cpu":
-            impl = "triton"
-        else:
-            impl = "reference" if _UNAVAILABLE["native"] else "native"
+        cpu = "reference" if _UNAVAILABLE["native"] else "native"
+        impl = {"cuda": "triton", "meta": "triton", "cpu": cpu}.get(device, "reference")
     if impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
     reason = _UNAVAILABLE[impl]
-    if impl == "native" and x.device.type != "cpu":
-        reason = f"it runs on CPU tensors, got one on {x.device}"
+    if impl != "reference" and device not in RUNS_ON[impl]:
+        reason = f"it runs on {' and '.join(RUNS_ON[impl])} tensors, got one on {x.device}"
     if reason:
         raise ValueError(f"impl={impl!r} of {op} is not available: {reason}")
     return impl

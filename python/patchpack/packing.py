@@ -73,6 +73,14 @@ def is_integer(n: object) -> bool:
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
 
 
+def _merge_size(m: int) -> int:
+    if not is_integer(m):
+        raise TypeError(f"spatial_merge_size must be an int, got {m!r}")
+    if not 1 <= m < 2**31:
+        raise ValueError(f"spatial_merge_size must be at least 1 and below 2**31, got {m}")
+    return int(m)
+
+
 def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     """Sizes as int64 ``[G, 3]``; a pair is a single frame."""
     if not isinstance(sizes, Iterable):
@@ -84,10 +92,17 @@ def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
             raise TypeError(f"grid_thw[{i}] must hold integers, got {row}")
         if len(row) not in (2, 3):
             raise ValueError(f"grid_thw[{i}] must be (t, h, w) or (h, w), got {row}")
-        if max(row) >= 2**31:
+        if max(map(abs, row)) >= 2**31:
             raise ValueError(f"grid_thw[{i}] must be below 2**31 on every axis, got {row}")
         rows.append((*(1,) * (3 - len(row)), *row))
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a device of torch, got {device!r}") from None
 
 
 def _on_host(sizes: Tensor) -> Tensor:
@@ -96,6 +111,8 @@ def _on_host(sizes: Tensor) -> Tensor:
         raise TypeError(f"grid_thw must have an integer dtype, got {sizes.dtype}")
     if sizes.ndim != 2 or sizes.shape[1] not in (2, 3):
         raise ValueError(f"grid_thw must have shape [G, 3] or [G, 2], got {list(sizes.shape)}")
+    if sizes.is_meta:
+        raise ValueError("grid_thw must hold values, got a tensor on meta")
     grid_thw = sizes.detach().to("cpu", torch.int64)
     if sizes.shape[1] == 2:
         return torch.cat([torch.ones_like(grid_thw[:, :1]), grid_thw], dim=1)
@@ -106,6 +123,8 @@ def _pairs_on_host(
     target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]], num_grids: int
 ) -> Tensor:
     """Rows and columns as an int64 CPU tensor ``[G, 2]``."""
+    if isinstance(target_hw, np.ndarray):
+        target_hw = torch.from_numpy(np.array(target_hw))
     if not isinstance(target_hw, Tensor):
         if not isinstance(target_hw, (list, tuple)):
             raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
@@ -115,7 +134,7 @@ def _pairs_on_host(
             is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
             if not is_pair or not all(map(is_integer, pair)):
                 raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
-            if max(pair) >= 2**31:
+            if max(map(abs, pair)) >= 2**31:
                 raise ValueError(f"target_hw must be below 2**31 on every axis, got {pair}")
         target_hw = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
         target_hw = target_hw[0] if single else target_hw
@@ -168,6 +187,7 @@ class PackedGrid:
     max_seqlen: int = field(init=False)
     geometry: Tensor = field(init=False, repr=False)
     cu_seqlens: Tensor = field(init=False, repr=False)
+    _sizes: Tensor = field(init=False, repr=False)
     _position_ids: Tensor | None = field(init=False, repr=False)
 
     def __init__(
@@ -178,13 +198,11 @@ class PackedGrid:
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        if not is_integer(spatial_merge_size):
-            raise TypeError(f"spatial_merge_size must be an int, got {spatial_merge_size!r}")
-        m = int(spatial_merge_size)
-        if m < 1:
-            raise ValueError(f"spatial_merge_size must be at least 1, got {m}")
+        m = _merge_size(spatial_merge_size)
         if not isinstance(merge_temporal, bool):
             raise TypeError(f"merge_temporal must be a bool, got {merge_temporal!r}")
+        if isinstance(grid_thw, np.ndarray):
+            grid_thw = torch.from_numpy(np.array(grid_thw))
         with torch.inference_mode(False):  # or no backward pass could keep these tensors
             if isinstance(grid_thw, Tensor):
                 device = grid_thw.device if device is None else device
@@ -195,9 +213,9 @@ class PackedGrid:
                 sizes = torch.from_numpy(rows)
                 metadata = _metadata(rows, m, merge_temporal)
             geometry, cu_seqlens, tokens, longest = metadata
-            device = torch.device("cpu" if device is None else device)
+            device = _device("cpu" if device is None else device)
             self._set(
-                grid_thw=sizes,
+                grid_thw=sizes.clone(),  # a copy to look at: kernels trust what they are given
                 spatial_merge_size=m,
                 merge_temporal=merge_temporal,
                 device=device,
@@ -205,6 +223,7 @@ class PackedGrid:
                 max_seqlen=longest.shape[0],
                 geometry=geometry.to(device, non_blocking=True),
                 cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+                _sizes=sizes,
                 _position_ids=None,
             )
 
@@ -227,7 +246,8 @@ class PackedGrid:
         """Row and column of every token, int64 ``[T, 2]``, in patches; built once, no sync."""
         position_ids = self._position_ids
         if position_ids is None:
-            position_ids = self._rows_and_cols()
+            with torch.inference_mode(False):
+                position_ids = self._rows_and_cols()
             self._set(_position_ids=position_ids)
         return position_ids
 
@@ -245,7 +265,7 @@ class PackedGrid:
     def merged(self) -> PackedGrid:
         """The grid after every ``m x m`` block of patches became one token, in raster order."""
         m = self.spatial_merge_size
-        merged = self.grid_thw // self.grid_thw.new_tensor([1, m, m])
+        merged = self._sizes // self._sizes.new_tensor([1, m, m])
         return PackedGrid(merged, 1, self.merge_temporal, device=self.geometry.device)
 
     def resized(
@@ -266,8 +286,9 @@ class PackedGrid:
                 cannot be.
         """
         m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
+        m = _merge_size(m)
         pairs = _pairs_on_host(target_hw, self.num_grids)
-        grid_thw = torch.cat([self.grid_thw[:, :1], pairs], dim=1)
+        grid_thw = torch.cat([self._sizes[:, :1], pairs], dim=1)
         try:
             return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)
         except ValueError as error:
@@ -275,22 +296,20 @@ class PackedGrid:
 
     def to(self, device: torch.device | str) -> PackedGrid:
         """The same grid with its device tensors on ``device``; itself if they are there."""
-        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        device = torch.empty(0, device=_device(device)).device  # "cuda" becomes "cuda:0"
         if device == self.geometry.device:
             return self
         # built anew from what the host knows: no device is waited for
-        return PackedGrid(
-            self.grid_thw, self.spatial_merge_size, self.merge_temporal, device=device
-        )
+        return PackedGrid(self._sizes, self.spatial_merge_size, self.merge_temporal, device=device)
 
     def validate(self) -> None:
-        """Check that the device tensors say what ``grid_thw`` says. Waits for the device.
+        """Check that all tensors say what the grid was built from. Waits for the device.
 
         Raises:
             ValueError: A tensor was changed after the grid was built.
         """
-        fresh = PackedGrid(self.grid_thw, self.spatial_merge_size, self.merge_temporal)
-        for name in ("geometry", "cu_seqlens", "position_ids"):
+        fresh = PackedGrid(self._sizes, self.spatial_merge_size, self.merge_temporal)
+        for name in ("grid_thw", "geometry", "cu_seqlens", "position_ids"):
             want, got = getattr(fresh, name), getattr(self, name).cpu()
             if want.shape != got.shape:
                 raise ValueError(
@@ -310,8 +329,15 @@ def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         num_tokens: Length of the packed sequence; the last segment may end before it.
 
     Raises:
+        TypeError: It is no int32 tensor of one dimension.
         ValueError: It does not start at 0, decreases, or ends past ``num_tokens``.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise TypeError(
+            f"cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0:
         raise ValueError(f"cu_seqlens must start with 0, got {bounds[:1]}")

@@ -14,6 +14,12 @@ class CommandError(Exception):
     """What stops a command, as one line for its user."""
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, without what a terminal would take for commands."""
+    text = text.encode(errors="surrogateescape").decode(errors="replace")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def to_json(value: Any) -> str:
     """``value`` as strict JSON: a number that is not finite becomes null."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)

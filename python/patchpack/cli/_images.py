@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from PIL.Image import DecompressionBombError
+from PIL.Image import DecompressionBombError, DecompressionBombWarning
 from rich.table import Table
 from rich.text import Text
 
-from patchpack.cli import CommandError
+from patchpack.cli import CommandError, printable
 from patchpack.systems import qwen2_vl
 from patchpack.systems._rgb import to_rgb
 
@@ -42,7 +42,8 @@ def read(paths: Sequence[str | Path], min_pixels: int | None, max_pixels: int | 
     photos = []
     for path in map(Path, paths):
         try:
-            with Image.open(path) as file:
+            with warnings.catch_warnings(), Image.open(path) as file:
+                warnings.simplefilter("ignore", DecompressionBombWarning)  # an error if far larger
                 image = to_rgb("image", ImageOps.exif_transpose(file))
             plan = qwen2_vl.plan(
                 image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels
@@ -50,8 +51,7 @@ def read(paths: Sequence[str | Path], min_pixels: int | None, max_pixels: int | 
         except (OSError, SyntaxError, ValueError, RuntimeError, DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CommandError(f"cannot use {path}: {reason}") from error
-        name = os.fsencode(path.stem).decode(errors="replace")  # a file's name may be any bytes
-        photos.append(Photo(name, image, plan))
+        photos.append(Photo(printable(path.stem), image, plan))
     return photos
 
 

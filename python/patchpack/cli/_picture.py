@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def draw(
         _language_mask(*page.panel(MARGIN + step, panels, PANEL, PANEL), batch)
         _losses(page.axes(MARGIN + 2 * step, panels, PAGE - 2 * (MARGIN + step), PANEL), loss)
         _positions(*page.panel(MARGIN, positions, PAGE - 2 * MARGIN, POSITIONS), batch)
-        page.figure.savefig(path, dpi=110)
+        with warnings.catch_warnings():  # names may be in any script, and fonts are not
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            page.figure.savefig(path, dpi=110)
 
 
 class _Page:
@@ -221,11 +224,13 @@ def _positions(axes: Axes, strip: Axes, batch: Batch) -> None:
 def _losses(axes: Axes, loss: Mapping[str, Sequence[float]]) -> None:
     apart = max(abs(a - b) for a, b in zip(loss["fused"], loss["reference"], strict=True))
     steps = range(1, len(loss["fused"]) + 1)
-    axes.plot(steps, loss["reference"], color=REFERENCE, lw=7, alpha=0.6, label="reference")
-    axes.plot(steps, loss["fused"], "o-", color=FUSED, lw=1.4, ms=4, label="fused")
+    axes.plot(steps, loss["reference"], "o-", color=REFERENCE, lw=7, ms=9, alpha=0.6, mew=0)
+    axes.plot(steps, loss["fused"], "o-", color=FUSED, lw=1.4, ms=4)
     axes.set(xlabel=f"AdamW step; the curves are at most {apart:.1e} apart")
-    axes.ticklabel_format(useOffset=False)
+    low, high = min(loss["fused"]), max(loss["fused"])
+    room = max(0.08 * (high - low), 0.01 * high)  # the labels of a narrower range would be long
+    axes.set(xlim=(0.7, len(steps) + 0.3), ylim=(low - room, high + room))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=PAPER)
-    axes.legend()
+    axes.legend(["reference", "fused"])
     axes.set_title("Loss of restoring hidden patches", pad=6 + 72 * (STRIP + 0.05))

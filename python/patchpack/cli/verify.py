@@ -42,7 +42,8 @@ class Result:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=SPECS, help="one op only")
     parser.add_argument("--impl", choices=_dispatch.IMPLS, help="by default that of the device")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -80,6 +81,7 @@ def _verify(op: str, check: str, impl: str, device: str) -> Result:
     if impl == "reference" and check in NOT_OWED_BY_REFERENCE:
         return Result(op, check, None, message=NOT_OWED_BY_REFERENCE[check])
     failures: list[str] = []
+    too_large: list[str] = []
     measured: list[Accuracy] = []
     cases = subjects(op, check, impl, device)
     for subject in cases:
@@ -91,12 +93,13 @@ def _verify(op: str, check: str, impl: str, device: str) -> Result:
             else:
                 CHECKS[check](subject)
         except torch.OutOfMemoryError as error:
-            return Result(op, check, None, message=f"{subject.case}: {error}")
+            too_large.append(f"{subject.case}: {error}")
         except Exception as error:  # whatever it is, it is the finding
             failures.append(f"{subject.case}: {type(error).__name__}: {error}")
-    result = Result(op, check, not failures, len(cases), message="; ".join(failures))
+    verdict = False if failures else None if too_large else True
+    result = Result(op, check, verdict, len(cases), message="; ".join(failures or too_large))
     if measured:
-        worst = max(measured, key=lambda a: a.error / a.budget if a.budget else 0)
+        worst = max(measured, key=lambda a: (not a.passed, a.error / a.budget if a.budget else 0))
         result.error, result.eager_error = worst.error, worst.eager_error
     return result
 

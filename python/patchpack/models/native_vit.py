@@ -31,7 +31,7 @@ class NativeViTConfig:
         in_channels: Channels of a pixel.
         hidden_size: ``C``, channels of a token.
         depth: Number of blocks.
-        num_heads: ``H``; the head size ``C / H`` divides by 4.
+        num_heads: ``H``; the head size ``C / H`` divides by 4 and is 128 at most.
         mlp_ratio: Hidden channels of a block's MLP, over ``C``.
         spatial_merge_size: ``m``; blocks of ``m x m`` tokens leave as one.
         out_size: Channels of a token that leaves, those of the language model.
@@ -41,7 +41,8 @@ class NativeViTConfig:
 
     Raises:
         ValueError: A size is not positive (``depth`` may be 0), ``hidden_size`` does not give
-            ``num_heads`` heads whose size divides by 4, or ``rope_axes`` is unknown.
+            ``num_heads`` heads whose size divides by 4 and is 128 at most, or ``rope_axes`` is
+            unknown.
         TypeError: A size is not a number, or not an integer where it is no ratio or base.
     """
 
@@ -70,11 +71,24 @@ class NativeViTConfig:
                 if value < least:
                     raise ValueError(f"{field.name} must be at least {least}, got {value}")
         _check.one_of("rope_axes", self.rope_axes, ("split", "even_odd", "paired"))
+        _check.flags(rope_interleaved=self.rope_interleaved)
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size must divide by 4 * num_heads = {4 * self.num_heads},"
                 f" got {self.hidden_size}"
             )
+        if self.hidden_size // self.num_heads > 128:
+            raise ValueError(
+                f"hidden_size must be at most 128 * num_heads = {128 * self.num_heads},"
+                f" got {self.hidden_size}"
+            )
+        if self.mlp_size < 1:
+            raise ValueError(f"mlp_ratio must give at least 1 channel, got {self.mlp_ratio}")
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden channels of a block's MLP."""
+        return round(self.hidden_size * self.mlp_ratio)
 
     @property
     def patch_dim(self) -> int:
@@ -121,9 +135,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, config: NativeViTConfig) -> None:
         super().__init__()
-        width = int(config.hidden_size * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.hidden_size, width)
-        self.fc2 = nn.Linear(width, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_size)
+        self.fc2 = nn.Linear(config.mlp_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)

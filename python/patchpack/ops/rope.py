@@ -25,9 +25,10 @@ def rope(
         k: Keys, ``[T, Hk, D]``, dtype of ``q``. ``Hk`` need not be ``Hq``.
         cos: Cosine of each token's angles, ``[T, R]`` with ``R <= D / 2``, float32 (or 16-bit,
             at a loss). The channels after ``2 R`` pass through. A table of more than ``D / 2``
-            columns, ``[T, 2 R]``, is read as transformers builds it, with every value twice; one
-            for a part of the head cannot be told from ``R`` values, so halve it: ``cos[:, :R]``, or
-            ``cos[:, ::2]`` if pairs are interleaved.
+            columns, ``[T, 2 R]``, is read as transformers builds it, its second half like its
+            first. One for a part of the head cannot be told from ``R`` values, and for interleaved
+            pairs transformers builds two kinds, so halve these: ``cos[:, :R]``, or ``cos[:, ::2]``
+            where equal values stand side by side.
         sin: Sine of the same angles, shape and dtype of ``cos``.
         interleaved: Pair channels ``(2 i, 2 i + 1)`` instead of ``(i, i + R)``.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
@@ -49,6 +50,8 @@ def rope(
     _check.shape("cos", cos, q.shape[0], None)
     _check.shape("sin", sin, *cos.shape)
     half, width = q.shape[2] // 2, cos.shape[1]
+    if interleaved and not 1 <= width <= half:
+        raise ValueError(f"cos must have 1 to {half} columns if interleaved, got {width}")
     if not 1 <= width <= 2 * half or (width > half and width % 2):
         raise ValueError(
             f"cos must have 1 to {half} columns, or an even number up to {2 * half} with every"
@@ -57,13 +60,12 @@ def rope(
     _check.floating(impl, cos=cos, sin=sin)
     _check.same_device(q=q, cos=cos, sin=sin)
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.requires_grad:
+        if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient: rope gives it none")
     if impl == "reference":
         return reference.rope(q, k, cos, sin, interleaved=interleaved)
     if width > half:
-        picked = slice(None, None, 2) if interleaved else slice(width // 2)
-        cos, sin = cos[:, picked], sin[:, picked]
+        cos, sin = cos[:, : width // 2], sin[:, : width // 2]
     return torch.ops.patchpack.rope(q, k, cos, sin, interleaved, False)
 
 

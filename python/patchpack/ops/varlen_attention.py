@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from patchpack import _check, _dispatch, reference
+from patchpack.packing import is_integer
 
 
 def varlen_attention(
@@ -33,7 +34,7 @@ def varlen_attention(
 
     Args:
         q: Queries, ``[Tq, Hq, D]``, float32, bfloat16 or float16, ``D`` up to 128. Any strides;
-            copied only if the last dimension is strided.
+            copied only if the last dimension is strided or tokens are 2**25 numbers apart.
         k: Keys, ``[Tk, Hk, D]``, dtype of ``q``. ``Hk`` divides ``Hq``; query head ``h`` uses key
             head ``h // (Hq / Hk)``.
         v: Values, shape and dtype of ``k``.
@@ -89,7 +90,10 @@ def varlen_attention(
         _check.dtype(name, cu_seqlens, torch.int32)
     _check.same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if length is not None and not isinstance(length, (int, torch.SymInt)):
+        scalar = isinstance(length, torch.SymInt) or (
+            isinstance(length, Tensor) and not length.ndim
+        )
+        if not (length is None or scalar or is_integer(length)):
             raise TypeError(f"{name} must be an int or None, got {type(length).__name__}")
     if softmax_scale is not None:
         _check.positive("softmax_scale", softmax_scale)
@@ -97,17 +101,18 @@ def varlen_attention(
     left, right = _check.window("window_size", window_size)
     _check.flags(causal=causal, return_lse=return_lse)
     if impl == "reference":
-        return reference.varlen_attention(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            softmax_scale=scale,
-            causal=causal,
-            window_size=(left, right),
-            return_lse=return_lse,
-        )
+        with torch.autocast(q.device.type, enabled=False):  # q's dtype is the one that is meant
+            return reference.varlen_attention(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                softmax_scale=scale,
+                causal=causal,
+                window_size=(left, right),
+                return_lse=return_lse,
+            )
     out, lse = torch.ops.patchpack.varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, 0 if causal else right
     )

@@ -20,10 +20,8 @@ def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotate ``q`` ``[T, Hq, D]`` and ``k`` ``[T, Hk, D]`` by ``cos, sin`` ``[T, R or 2 R]``."""
-    half = q.shape[-1] // 2
-    if cos.shape[-1] > half:  # every value stands twice, as transformers builds its tables
-        picked = slice(None, None, 2) if interleaved else slice(cos.shape[-1] // 2)
-        cos, sin = cos[:, picked], sin[:, picked]
+    if cos.shape[-1] > q.shape[-1] // 2:  # transformers writes all angles, then all again
+        cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
     return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 

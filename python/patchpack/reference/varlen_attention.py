@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patchpack.packing import validate_cu_seqlens
+
 
 def varlen_attention(
     q: Tensor,
@@ -30,12 +32,15 @@ def varlen_attention(
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend segment by segment, with products in the dtype of ``q`` and the softmax in float32."""
+    """Attend segment by segment: scores and softmax in float32, ``p`` in the dtype of ``q``."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = window_size
     group = q.shape[1] // k.shape[1]
-    ends_q = cu_seqlens_q.tolist()
-    ends_k = ends_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    for cu_seqlens, x in ((cu_seqlens_q, q), (cu_seqlens_k, k)):
+        validate_cu_seqlens(cu_seqlens, x.shape[0])
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     # the rows past the last segment are one more, without keys
     ends_q, ends_k = [*ends_q, q.shape[0]], [*ends_k, ends_k[-1]]
 
@@ -49,8 +54,7 @@ def varlen_attention(
         )  # [Hq, len_k, D] each
         visible = _visible(queries, keys, left, 0 if causal else right)  # [len_q, len_k]
         any_visible = visible.any(dim=1, keepdim=True)
-        scores = queries @ keys.transpose(1, 2) * scale
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+        scores = queries.to(wide) @ keys.to(wide).transpose(1, 2) * scale
         scores = scores.masked_fill(~visible & any_visible, float("-inf"))
         p = scores.softmax(dim=-1).to(q.dtype)
         outs.append((p @ values).masked_fill(~any_visible, 0).transpose(0, 1))

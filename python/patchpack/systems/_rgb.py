@@ -18,8 +18,14 @@ def to_rgb(name: str, image: Any) -> PIL.Image.Image:
     Arrays have their channels last, tensors first; floats are in 0..1. ``name`` is what an error
     calls the image.
     """
-    import PIL.Image  # here, because planning works without Pillow
+    try:
+        import PIL.Image  # here, because planning works without Pillow
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "images need Pillow: pip install 'patchpack[demo]'", name="PIL"
+        ) from None
 
+    came = list(image.shape) if isinstance(image, (Tensor, np.ndarray)) else None
     if isinstance(image, Tensor):
         if image.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {image.device}")
@@ -30,9 +36,7 @@ def to_rgb(name: str, image: Any) -> PIL.Image.Image:
     if isinstance(image, np.ndarray):
         channels = image.shape[2:]
         if image.ndim < 2 or channels not in ((), (1,), (3,), (4,)) or image.size == 0:
-            raise ValueError(
-                f"{name} must be one image of 1, 3 or 4 channels, got {list(image.shape)}"
-            )
+            raise ValueError(f"{name} must be one image of 1, 3 or 4 channels, got {came}")
         if np.issubdtype(image.dtype, np.floating):
             if not (image.min() >= 0 and image.max() <= 1):
                 raise ValueError(

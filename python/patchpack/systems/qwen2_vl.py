@@ -328,7 +328,7 @@ def frame_indices(total_frames: int, nframes: int) -> tuple[int, ...]:
     total_frames, nframes = _integers(total_frames=total_frames, nframes=nframes)
     # in float32, as the original does: for long videos the rounding shows
     indices = torch.linspace(0, total_frames - 1, nframes, dtype=torch.float32, device="cpu")
-    return tuple(indices.round().long().tolist())
+    return tuple(indices.round().long().clamp(max=total_frames - 1).tolist())
 
 
 def max_frame_pixels(
@@ -509,11 +509,13 @@ def patchify(
     Raises:
         ValueError: ``frames`` is not of rank 4, is empty, or its sides do not divide by
             ``patch_size * merge_size``; or one of these is not positive.
-        TypeError: A size is not an integer.
+        TypeError: ``frames`` is no array, or a size is not an integer.
     """
     p, tp, m = _integers(
         patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
     )
+    if not isinstance(frames, np.ndarray):
+        raise TypeError(f"frames must be an array, got {type(frames).__name__}")
     if frames.ndim != 4 or 0 in frames.shape or any(n % (p * m) for n in frames.shape[2:]):
         raise ValueError(
             f"frames must have shape [frames, channels, height, width] with sides that divide by"
@@ -566,10 +568,7 @@ def preprocess(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype!r}")
-    center, scale = np.array(mean, np.float32), np.array(std, np.float32)
-    for name, value, numbers in (("mean", mean, center), ("std", std, scale)):
-        if numbers.shape != (3,) or not np.isfinite(numbers).all():
-            raise ValueError(f"{name} must have 3 numbers, got {value}")
+    center, scale = _three_numbers("mean", mean), _three_numbers("std", std)
     if not (scale > 0).all():
         raise ValueError(f"std must be above 0, got {std}")
     images = _listed("images", images)
@@ -615,6 +614,16 @@ def preprocess(
     return torch.from_numpy(pixels).flatten(1).to(dtype), grid
 
 
+def _three_numbers(name: str, values: Sequence[float]) -> np.ndarray:
+    try:
+        numbers = np.array(values, np.float32)
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
+    if numbers.shape != (3,) or not np.isfinite(numbers).all():
+        raise ValueError(f"{name} must have 3 numbers, got {values!r}")
+    return numbers
+
+
 def _listed(name: str, values: Any) -> list[Any]:
     # the rows of one image are no images; four axes are a batch
     if not isinstance(values, Iterable) or getattr(values, "ndim", 4) < 4:
@@ -655,6 +664,8 @@ def vision_tokens(
     video_token_id: int = VIDEO_PAD,
 ) -> list[int]:
     """Token ids of an image or video in the text, its embeddings' places between the markup."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
     start, end, image, video = _integers(
         0,
         vision_start_token_id=vision_start_token_id,
@@ -726,6 +737,7 @@ def mrope_position_ids(
         video_token_id=video_token_id,
     )
     ids, valid, bounds = _flat_samples(input_ids, attention_mask, cu_seqlens)
+    bounds = bounds.clamp(0, ids.numel())
 
     # a run begins right after a vision start, padding left out
     count = valid.cumsum(0)
@@ -743,7 +755,7 @@ def mrope_position_ids(
     video = (is_first & is_video).cumsum(0) - 1 + num_images
     grid = torch.where(is_image, image, torch.where(is_video, video, grids.shape[0] - 1))
     frames, rows, cols = grids[grid.clamp(max=grids.shape[0] - 1)].unbind(1)  # [T] each
-    rows, cols = rows // m, cols // m
+    rows, cols = (rows // m).clamp(min=1), (cols // m).clamp(min=1)
 
     # the first token of a run advances the position for all of it
     step = torch.where(is_vision, torch.maximum(frames, torch.maximum(rows, cols)), 1)

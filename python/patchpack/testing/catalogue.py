@@ -100,8 +100,7 @@ def _rope_images(
     for image in images:
         angle = torch.randn(image["q"].shape[0], pairs or head_dim // 2, generator=generator) * 9
         if full:
-            interleaved = options.get("interleaved")
-            angle = angle.repeat_interleave(2, dim=1) if interleaved else angle.repeat(1, 2)
+            angle = angle.repeat(1, 2)
         image |= {"cos": angle.cos().to(device), "sin": angle.sin().to(device), **options}
     return images
 
@@ -123,12 +122,6 @@ _ROPE = Spec(
             "interleaved": True,
         },
         "full-width table": {"sizes": [(1, 3, 5), (1, 2, 2)], "head_dim": 128, "full": True},
-        "full-width table, interleaved": {
-            "sizes": [(1, 3, 5), (1, 2, 2)],
-            "head_dim": 32,
-            "full": True,
-            "interleaved": True,
-        },
     },
     grads=("q", "k"),
 )

@@ -10,11 +10,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from patchpack import _interpreter
 from patchpack.packing import PackedGrid
 from patchpack.testing.catalogue import SPECS, Inputs, Spec
 from patchpack.testing.compare import Accuracy, measure
@@ -85,9 +87,8 @@ def _convert(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _cotangent(output: Tensor, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(output.numel())
-    cotangent = torch.randn(output.shape, generator=generator).to(dtype)
-    kept = output.dtype if output.dtype != torch.float64 else torch.float64
-    return cotangent.to(output.device, kept)
+    cotangent = torch.randn(output.shape, generator=generator).to(dtype)  # rounded as the inputs
+    return cotangent.to(output.device, output.dtype)
 
 
 def _equal(name: str, got: Tensor, want: Tensor) -> None:
@@ -119,12 +120,21 @@ def check_accuracy(subject: Subject) -> None:
 
 
 def check_strided(subject: Subject) -> None:
-    """Views of larger buffers, full of NaN elsewhere, give the same bits as contiguous inputs."""
+    """Views of larger buffers, NaN elsewhere, give a contiguous input's bits without a copy."""
     inputs = subject.inputs()
     strided = {name: _as_view(x) for name, x in inputs.items()}
     want = differentiate(subject, inputs, subject.spec.grads)
     leaves = {n: strided[n].detach().requires_grad_() for n in subject.spec.grads}
-    outputs = floats(subject({**strided, **leaves}))
+    read = set()
+
+    def run(kernel, grid, args, kwargs):
+        read.update(x.data_ptr() for x in args if isinstance(x, Tensor))
+        _interpreter.execute(kernel, grid, args, kwargs)
+
+    with _interpreter.interpreted(run=run):
+        outputs = floats(subject({**strided, **leaves}))
+    for name, leaf in leaves.items() if read else ():
+        assert not leaf.numel() or leaf.data_ptr() in read, f"{name} was copied"
     cotangents = [_as_view(_cotangent(x, subject.dtype)) for x in outputs]
     torch.autograd.backward(outputs, cotangents)
     got = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
@@ -171,11 +181,12 @@ def check_fully_written(subject: Subject) -> None:
 @contextlib.contextmanager
 def _poisoned_allocations() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
 def check_empty(subject: Subject) -> None:
@@ -198,6 +209,7 @@ def check_packed(subject: Subject) -> None:
             _equal(f"output {i}", x, torch.cat([y[i] for y in alone], dim=_token_dim(x, alone, i)))
     grads = [_run_backward(subject, subject.spec.pack([image])) for image in images]
     for name, grad in _run_backward(subject, subject.spec.pack(images)).items():
+        assert not grad.isnan().any(), f"grad_{name} has NaN"
         _equal(f"grad_{name}", grad, torch.cat([g[name] for g in grads]))
 
 
@@ -209,11 +221,16 @@ def _run_forward(subject: Subject, inputs: Inputs) -> list[Tensor]:
     return floats(subject(inputs))
 
 
-def _run_backward(subject: Subject, inputs: Inputs) -> dict[str, Tensor]:
-    """Gradients under a cotangent that is a function of the output's values."""
+def _run_backward(
+    subject: Subject, inputs: Inputs, view: Callable[[Tensor], Tensor] = lambda x: x
+) -> dict[str, Tensor]:
+    """Gradients under a ``view`` of a cotangent that is a function of the output's values.
+
+    It is NaN where the output is infinite: at a query without keys, which passes nothing on.
+    """
     leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
     outputs = floats(subject({**inputs, **leaves}))
-    torch.autograd.backward(outputs, [torch.sin(3 * x.detach()) for x in outputs])
+    torch.autograd.backward(outputs, [view(torch.sin(3 * x.detach())) for x in outputs])
     return {name: leaf.grad for name, leaf in leaves.items()}  # type: ignore[misc]
 
 
@@ -313,16 +330,19 @@ def _to_meta(inputs: Inputs) -> Inputs:
     }
 
 
+# what waits for the device to give the host a value
+READS = (
+    *("item", "tolist", "numpy", "__array__", "cpu", "nonzero", "unique", "masked_select"),
+    *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__iter__"),
+)
+
+
 class _OnDevice(Tensor):
     """A tensor that refuses to be read by the host, as one on a busy GPU should be left alone."""
 
-    READS = frozenset(
-        getattr(Tensor, name)
-        for name in (
-            *("item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select"),
-            *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__iter__"),
-        )
-    ) | {torch.nonzero, torch.masked_select, torch.unique, torch.equal, torch.allclose}
+    READS = frozenset(getattr(Tensor, name) for name in READS) | {
+        *(torch.nonzero, torch.masked_select, torch.unique, torch.equal, torch.allclose)
+    }
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -336,15 +356,66 @@ class _OnDevice(Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+class _Unreadable:
+    """Forbids the host to read any tensor: launchers and backward passes hold none of its own.
+
+    ``__torch_function__`` does not reach there, because PyTorch calls them from within an op.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+
+    def __enter__(self) -> None:
+        self.stack = contextlib.ExitStack()
+        for name in (*READS, "to"):
+            guarded = self._guard(name, getattr(Tensor, name))
+            self.stack.enter_context(mock.patch.object(Tensor, name, guarded))
+
+    def __exit__(self, *exception) -> None:
+        self.stack.close()
+
+    def _guard(self, name: str, original: Callable) -> Callable:
+        def read(*args, **kwargs):
+            cpu = torch.device("cpu")
+            copies = any(x in ("cpu", cpu) for x in (*args[1:], *kwargs.values()))
+            waits = self.active and (name != "to" or copies)
+            assert not waits, f"the host waits for the device: {name}"
+            return original(*args, **kwargs)
+
+        return read
+
+    @contextlib.contextmanager
+    def set(self, active: bool) -> Iterator[None]:
+        with _interpreter.replaced(self, "active", active):
+            yield
+
+
 def check_no_sync(subject: Subject) -> None:
-    """Neither the checks nor the launch nor the backward pass read a value of a device tensor."""
-    from patchpack import _interpreter
+    """Neither the checks nor the launches nor the backward pass read a value of a device tensor."""
+    inputs = subject.inputs()
+    if subject.device == "cuda":
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _run_backward(subject, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        return
+
+    _run_backward(subject, inputs)  # tables of frequencies are copied once
+    guard = _Unreadable()
+    interpreted = _interpreter.interpreted
 
     def run(kernel, grid, args, kwargs):
         plain = [x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in args]
-        _interpreter.execute(kernel, grid, tuple(plain), kwargs)
+        with guard.set(False):
+            _interpreter.execute(kernel, grid, tuple(plain), kwargs)
 
-    inputs = subject.inputs()
+    @contextlib.contextmanager
+    def launching():
+        with interpreted(), guard.set(True):
+            yield
+
     guarded = {
         name: x.as_subclass(_OnDevice) if isinstance(x, Tensor) and name != "target_hw" else x
         for name, x in inputs.items()
@@ -355,28 +426,35 @@ def check_no_sync(subject: Subject) -> None:
             object.__setattr__(grid, name, getattr(grid, name).as_subclass(_OnDevice))
         guarded["grid"] = grid
     leaves = {name: guarded[name].detach().requires_grad_() for name in subject.spec.grads}
-    with _interpreter.interpreted(run=run):
+    with (
+        guard,
+        interpreted(run=run),
+        _interpreter.replaced(_interpreter, "interpreted", launching),
+    ):
         outputs = floats(subject({**guarded, **leaves}))
-        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
-    with contextlib.suppress(AssertionError):
-        outputs[0].sum().item()
-        raise RuntimeError("the guard does not guard")
+        cotangents = [torch.ones_like(x) for x in outputs]
+        with guard.set(True):
+            torch.autograd.backward(outputs, cotangents)
 
 
 def check_int64_offsets(subject: Subject) -> None:
-    """Tokens more than 2**31 elements into a buffer are read; only touched pages are committed."""
-    inputs = subject.inputs()
-    want = _run_forward(subject, inputs)
+    """Tokens more than 2**31 elements into a buffer are read, of inputs and cotangents.
+
+    Only touched pages are committed.
+    """
+    inputs = subject.inputs(**subject.without_padding)
     spread = {
         name: _spread(x) if isinstance(x, Tensor) and name in subject.spec.grads else x
         for name, x in inputs.items()
     }
+    want = _run_forward(subject, inputs)
     for i, (x, y) in enumerate(zip(_run_forward(subject, spread), want, strict=True)):
         _equal(f"output {i}", x, y)
+    _all_equal(_run_backward(subject, spread, _spread), _run_backward(subject, inputs))
 
 
 def _spread(x: Tensor) -> Tensor:
-    """The same values with the last token's offset past 2**31 elements."""
+    """The same values with the last row's offset past 2**31 elements."""
     stride = -(-(2**31) // max(x.shape[0] - 1, 1)) + 15 & ~15
     buffer = torch.empty(stride * x.shape[0], dtype=x.dtype, device=x.device)
     view = buffer.as_strided(x.shape, (stride, *x.stride()[1:]))
