@@ -480,6 +480,14 @@ def _attend_bwd_dkv_kernel(
     scale = softmax_scale * _LOG2_E
     # key j is seen by the queries [j - shift - right, j - shift + left]
     shift = len_k - len_q
+    # queries without keys are left out: they pass nothing on, and what they hold may be NaN
+    if HAS_LEFT:
+        len_q = tl.maximum(tl.minimum(len_q, len_k - shift + left), 0)
+    if HAS_RIGHT:
+        without = tl.minimum(tl.maximum(-shift - right, 0), len_q)
+        begin_q += without
+        len_q -= without
+        shift += without
     last_k = tl.minimum(first_k + BLOCK_K, len_k) - 1
     bounds = _tile_bounds(
         first_k - shift, last_k - shift, len_q, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_Q
@@ -497,9 +505,8 @@ def _attend_bwd_dkv_kernel(
                 q_ptrs = _rows_from(of_q_ptr, first_q, stride_q_t, STRIDE_UNIT, BLOCK_Q)
                 grad_out_ptrs = _rows_from(of_grad_out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
                 q = _load(q_ptrs, mask_q, HEAD_DIM, D0, D1)
+                grad_out = _load(grad_out_ptrs, mask_q, HEAD_DIM, D0, D1)
                 lse = tl.load(of_lse_ptr + first_q + offs_q, mask=mask_q, other=0.0) * _LOG2_E
-                sees = mask_q & (lse != float("-inf"))
-                grad_out = _load(grad_out_ptrs, sees, HEAD_DIM, D0, D1)
                 delta = tl.load(of_delta_ptr + first_q + offs_q, mask=mask_q, other=0.0)
 
                 # transposed, keys by queries

@@ -150,6 +150,13 @@ FAULTS = [
         contract("mrope", "sync"),
     ),
     Fault(
+        "mrope: a device value read on the host in the backward pass",
+        "python/patchpack/ops/mrope.py",
+        "def _backward(ctx, grad_q, grad_k):\n",
+        "def _backward(ctx, grad_q, grad_k):\n    bool(grad_q.any())\n",
+        contract("mrope", "sync"),
+    ),
+    Fault(
         "interpolate_tokens: half-pixel offset dropped",
         "kernels/interpolate_tokens.py",
         "offset, unit = 2 * num_in, num_in - num_out,",
@@ -204,6 +211,13 @@ FAULTS = [
         "grad = tl.where(argmax == in_frame[:, None], grad, 0.0)",
         "grad = grad + 0.0 * argmax",
         contract("interpolate_tokens"),
+    ),
+    Fault(
+        "interpolate_tokens: offsets of gradients in 32 bits",
+        "kernels/interpolate_tokens.py",
+        "token = cell_to_token(out_y, out_x, out_cols, TARGET_MERGE).to(tl.int64)",
+        "token = cell_to_token(out_y, out_x, out_cols, TARGET_MERGE)",
+        contract("interpolate_tokens", "int64"),
     ),
     Fault(
         "varlen_attention: keys past the segment are seen",
@@ -286,8 +300,8 @@ FAULTS = [
     Fault(
         "varlen_attention: rows past the end see each other",
         "kernels/varlen_attention.py",
-        "begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, 0)",
-        "begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_tokens)",
+        "_rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)",
+        "_rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, True)",
         "tests/test_varlen_attention.py -k past_the_end",
     ),
     Fault(
@@ -296,6 +310,27 @@ FAULTS = [
         "return ptr + first * stride_t.to(tl.int64) * STRIDE_UNIT + near * STRIDE_UNIT",
         "return ptr + (first * stride_t * STRIDE_UNIT).to(tl.int32) + near * STRIDE_UNIT",
         "tests/test_varlen_attention.py -k far_apart",
+    ),
+    Fault(
+        "varlen_attention: queries without keys pass NaN on",
+        "kernels/varlen_attention.py",
+        "        begin_q += without\n        len_q -= without\n        shift += without\n",
+        "        shift += 0 * without\n",
+        "tests/test_varlen_attention.py -k pass_no_nan_on",
+    ),
+    Fault(
+        "varlen_attention: a window taken as it comes overflows",
+        "python/patchpack/_check.py",
+        "[-1 if side >= 2**30 else side for side in pair]",
+        "[min(side, 2**31 - 1) for side in pair]",
+        "tests/test_varlen_attention.py -k larger_than_any",
+    ),
+    Fault(
+        "varlen_attention: views are copied",
+        "kernels/varlen_attention.py",
+        "return x if x.stride(-1) == 1 and x.stride(0) < 2**25 else x.contiguous()",
+        "return x.contiguous()",
+        contract("varlen_attention", "strided"),
     ),
     Fault(
         "varlen_attention: a head of 80 is padded to 128",
@@ -309,6 +344,13 @@ FAULTS = [
         "python/patchpack/packing.py",
         "segments = lengths if merge_temporal else",
         "segments = lengths if not merge_temporal else",
+        "tests/test_packing.py",
+    ),
+    Fault(
+        "packing: a resized clip falls apart into frames",
+        "python/patchpack/packing.py",
+        "return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)",
+        "return PackedGrid(grid_thw, m, device=self.geometry.device)",
         "tests/test_packing.py",
     ),
     Fault(
