@@ -54,7 +54,11 @@ def cos_sin(positions, high, low):
     # the nearest quarter turn, and what is left of it: an eighth of a turn at most, signed
     quarter = (turns + 0x20000000) >> 30
     rest = (turns - (quarter << 30)).to(tl.int32, bitcast=True)
-    x = rest.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
+    # times 2 pi / 2**32, rounded once: 30 bits and a constant of 48
+    few = rest & 0xFF
+    many = (rest - few).to(tl.float32)
+    x = tl.fma(many, -4.070940268e-17, few.to(tl.float32) * 1.462918120e-09)
+    x = tl.fma(many, 1.462918120e-09, x)
     z = x * x
     sin = x + x * z * (-0.1666665493668579 + z * (0.008332177686051519 - z * 0.0001951723464803119))
     cos = 1.0 + z * (
