@@ -61,7 +61,10 @@ def plot(path: Path) -> None:
     results = json.loads(path.read_text())["benchmarks"]
     ops = {op: list(members) for op, members in groupby(results, lambda r: r["params"]["op"])}
     cases = {op: list(dict.fromkeys(r["group"] for r in members)) for op, members in ops.items()}
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in results))}
+    palette = matplotlib.colormaps["tab20"].resampled(20)
+    names = dict.fromkeys(r["name"] for r in results)
+    # strong colours first, then the pale ones
+    colors = {name: palette((2 * i + i // 10) % 20) for i, name in enumerate(names)}
     rows = [len(groups) for groups in cases.values()]
     figure, all_axes = plt.subplots(
         *(len(ops), 1),
