@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from patchpack import _check
 from patchpack.testing.catalogue import SPECS
 from patchpack.testing.contract import CHECKS, Subject, floats, subjects
 
@@ -46,6 +47,19 @@ READS = {
     "nonzero": lambda x: x.nonzero(),
     "numpy": lambda x: x.detach().numpy(),
 }
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_check_that_waits_is_seen(read, monkeypatch):
+    original = _check.heads
+
+    def waiting(impl, q, k):
+        READS[read](q)
+        return original(impl, q, k)
+
+    monkeypatch.setattr(_check, "heads", waiting)
+    with pytest.raises(AssertionError, match="the host waits for the device"):
+        CHECKS["no host sync"](Subject("mrope", "Qwen2-VL"))
 
 
 @pytest.mark.parametrize("read", READS)

@@ -7,6 +7,7 @@ catalogue, and ``python -m patchpack verify`` runs them on the machine of a user
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -337,6 +338,10 @@ READS = (
 )
 
 
+def _names_the_cpu(*args: Any) -> bool:
+    return any(isinstance(x, (str, torch.device)) and str(x) == "cpu" for x in args)
+
+
 class _OnDevice(Tensor):
     """A tensor that refuses to be read by the host, as one on a busy GPU should be left alone."""
 
@@ -347,8 +352,9 @@ class _OnDevice(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        func = getattr(func, "__wrapped__", func)  # where _Unreadable guards it
         waits = func in cls.READS
-        waits |= func in (Tensor.to, Tensor.copy_) and ("cpu" in args or "cpu" in kwargs.values())
+        waits |= func.__name__ == "to" and _names_the_cpu(*args, *kwargs.values())
         waits |= func in (torch.repeat_interleave, Tensor.repeat_interleave) and (
             "output_size" not in kwargs
         )
@@ -375,10 +381,10 @@ class _Unreadable:
         self.stack.close()
 
     def _guard(self, name: str, original: Callable) -> Callable:
+        @functools.wraps(original)
         def read(*args, **kwargs):
-            cpu = torch.device("cpu")
-            copies = any(x in ("cpu", cpu) for x in (*args[1:], *kwargs.values()))
-            waits = self.active and (name != "to" or copies)
+            waits = name != "to" or _names_the_cpu(*args, *kwargs.values())
+            waits &= self.active
             assert not waits, f"the host waits for the device: {name}"
             return original(*args, **kwargs)
 
