@@ -23,8 +23,9 @@ def compile_case(subject, target, **changes):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", SPECS)
 def test_no_kernel_spills_registers(op, target):
-    dtypes = (torch.bfloat16, torch.float32)
-    subjects = [Subject(op, case, dtype) for case in SPECS[op].cases for dtype in dtypes]
+    cases = list(SPECS[op].cases)
+    subjects = [Subject(op, case, torch.bfloat16) for case in cases]
+    subjects += [Subject(op, case, torch.float32) for case in cases[::3]]  # compiling takes long
     launches = [launch for subject in subjects for launch in compile_case(subject, target)]
     spilled = [launch for launch in launches if launch.spills or launch.stack]
     assert launches
