@@ -546,7 +546,7 @@ def _pieces(head_dim: int) -> tuple[int, int]:
 # BLOCK_Q, BLOCK_K, warps and stages of each pass, by the largest head size they are for: tiles that
 # spill no registers on sm_80, sm_90 and sm_100, whatever the window
 _TILES = {
-    "fwd": {64: (64, 32, 4, 2), 80: (64, 64, 4, 2), 96: (64, 32, 4, 2), 128: (64, 64, 4, 2)},
+    "fwd": {64: (64, 32, 4, 2), 80: (64, 64, 4, 2), 96: (64, 32, 4, 1), 128: (64, 64, 4, 2)},
     "dq": {80: (64, 32, 4, 2), 96: (64, 32, 4, 1), 128: (64, 32, 4, 2)},
     "dkv": {128: (16, 64, 4, 1)},
 }
