@@ -280,6 +280,19 @@ def test_demo_fails_where_the_fused_path_is_wrong(photos, tmp_path, monkeypatch,
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_demo_reports_a_fused_path_that_gives_nan(photos, tmp_path, monkeypatch):
+    def wrong(q, k, position_ids, *, impl, **options):
+        q, k = patchpack.mrope(q, k, position_ids, impl=impl, **options)
+        return (q if impl == "reference" else q * math.nan), k
+
+    monkeypatch.setattr(_demo_model, "mrope", wrong)
+    assert _demo(photos, tmp_path) == 1
+    document = json.loads((tmp_path / "demo.json").read_text())
+    assert document["loss"]["fused"] == [None, None]
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 500
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

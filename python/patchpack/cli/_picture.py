@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -227,9 +228,11 @@ def _losses(axes: Axes, loss: Mapping[str, Sequence[float]]) -> None:
     axes.plot(steps, loss["reference"], "o-", color=REFERENCE, lw=7, ms=9, alpha=0.6, mew=0)
     axes.plot(steps, loss["fused"], "o-", color=FUSED, lw=1.4, ms=4)
     axes.set(xlabel=f"AdamW step; the curves are at most {apart:.1e} apart")
-    low, high = min(loss["fused"]), max(loss["fused"])
+    axes.set(xlim=(0.7, len(steps) + 0.3))
+    low, high = min(loss["reference"]), max(loss["reference"])
     room = max(0.08 * (high - low), 0.01 * high)  # the labels of a narrower range would be long
-    axes.set(xlim=(0.7, len(steps) + 0.3), ylim=(low - room, high + room))
+    if math.isfinite(low) and math.isfinite(high):
+        axes.set(ylim=(low - room, high + room))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=PAPER)
     axes.legend(["reference", "fused"])
