@@ -28,7 +28,7 @@ from torch import Tensor
 import patchpack
 from patchpack.testing.catalogue import SPECS, Inputs
 from patchpack.testing.compare import MAX_RELATIVE_RMS
-from patchpack.testing.contract import Subject, check_accuracy, floats
+from patchpack.testing.contract import Subject, check_accuracy, leaves, tensors
 
 # a provider that cannot run here raises while it is made or first called: that is the reason given
 Provider = Callable[..., Any]
@@ -119,8 +119,8 @@ def run_case(case: Case, quick: bool) -> tuple[list[dict], list[dict]]:
     shape = bench.tiny if quick else bench.shapes[case.shape]
     inputs = bench.make_inputs(case.dtype, case.device, **shape)
     with torch.no_grad():
-        outputs = floats(SPECS[bench.op].reference(**inputs))
-    cotangents = [torch.randn_like(x) for x in outputs]
+        outputs = tensors(SPECS[bench.op].reference(**inputs))
+    cotangents = [torch.randn_like(x) for x in outputs if x.is_floating_point()]
 
     steps: dict[str, Step] = {}
     skipped = []
@@ -188,13 +188,14 @@ def _check_accuracy(subject: Subject) -> None:
 
 def _step(provider: Provider, case: Case, inputs: Inputs, cotangents: Sequence[Tensor]) -> Step:
     if not case.backward:
-        return torch.no_grad()(lambda: floats(provider(**inputs)))
+        return torch.no_grad()(lambda: tensors(provider(**inputs)))
 
-    leaves = {n: inputs[n].detach().requires_grad_() for n in SPECS[case.bench.op].grads}
+    arguments = leaves(inputs, SPECS[case.bench.op].grads)
+    flat = [x for x in tensors(list(arguments.values())) if x.requires_grad]
 
     def step() -> Sequence[Tensor]:
-        outputs = floats(provider(**{**inputs, **leaves}))
-        return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
+        outputs = tensors(provider(**{**inputs, **arguments}))
+        return [*outputs, *torch.autograd.grad(outputs, flat, cotangents)]
 
     return step
 

@@ -5,7 +5,7 @@ import torch
 
 from patchpack.testing import compiled
 from patchpack.testing.catalogue import SPECS
-from patchpack.testing.contract import LENGTH_SETS, Subject, floats
+from patchpack.testing.contract import LENGTH_SETS, Subject, backward, leaves, tensors
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
@@ -13,10 +13,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 def compile_case(subject, target, **changes):
     """All launches of the forward and the backward pass."""
     inputs = subject.inputs(**changes)
-    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
+    arguments = leaves(inputs, subject.spec.grads)
     with compiled.session(target) as launches:
-        outputs = floats(subject({**inputs, **leaves}))
-        torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
+        outputs = tensors(subject({**inputs, **arguments}))
+        backward(outputs, [torch.zeros_like(x) for x in outputs])
     return launches
 
 

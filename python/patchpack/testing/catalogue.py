@@ -28,7 +28,8 @@ class Spec:
 
     ``make_images(sizes, dtype, device, seed, **options)`` gives keyword arguments of ``op``, one
     dictionary an image. ``cases`` maps a name to ``sizes`` and further options. ``grads`` names the
-    arguments that the op is differentiable in.
+    arguments that the op is differentiable in, where they are floating, and ``shared`` those that
+    all images have in common. ``lists`` says that images come as a list, not packed.
     """
 
     op: Callable[..., Any]
@@ -37,6 +38,8 @@ class Spec:
     pack: Callable[[Sequence[Inputs]], Inputs]
     cases: dict[str, Inputs]
     grads: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+    lists: bool = False
 
     def make_inputs(self, case: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
         """The packed arguments of a named case."""

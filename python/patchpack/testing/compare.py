@@ -55,12 +55,13 @@ def measure(name: str, actual: Tensor, eager: Tensor, oracle: Tensor) -> Accurac
 
     The largest error may be twice eager's plus one rounding of the largest value, the root mean
     square error twice eager's plus a third of a rounding of the root mean square value, within
-    ``MAX_RELATIVE_RMS``. Infinities must stand where the oracle has them.
+    ``MAX_RELATIVE_RMS``. Infinities must stand where the oracle has them, and
+    integers must be equal.
     """
-    eps = torch.finfo(actual.dtype).eps
+    eps = torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0
     (error, eager_error, largest), (rms, eager_rms, scale) = _errors(name, actual, eager, oracle)
     budget = 2 * eager_error + eps * largest
-    rms_budget = min(2 * eager_rms + eps / 3 * scale, MAX_RELATIVE_RMS[actual.dtype] * scale)
+    rms_budget = min(2 * eager_rms + eps / 3 * scale, MAX_RELATIVE_RMS.get(actual.dtype, 0) * scale)
     return Accuracy(name, error, eager_error, budget, rms, eager_rms, rms_budget)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -55,10 +55,44 @@ class Subject:
         return self.spec.op(**inputs, impl=self.impl)
 
 
-def floats(result: Any) -> list[Tensor]:
-    """The floating tensors of a result, in order."""
-    results = result if isinstance(result, tuple) else (result,)
-    return [x for x in results if isinstance(x, Tensor) and x.is_floating_point()]
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for y in result for x in tensors(y)] if isinstance(result, (tuple, list)) else []
+
+
+def leaves(inputs: Inputs, grads: Iterable[str], dtype: torch.dtype | None = None) -> Inputs:
+    """The arguments ``grads`` as leaves of autograd, in ``dtype``; integers have no gradient."""
+
+    def leaf(x: Tensor) -> Tensor:
+        x = _convert(x, dtype).detach()
+        return x.requires_grad_() if x.is_floating_point() else x
+
+    return {name: _map(leaf, inputs[name]) for name in grads}
+
+
+def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """``function`` of a tensor or of each of a list; anything else as it is."""
+    if isinstance(x, list):
+        return [_map(function, y) for y in x]
+    return function(x) if isinstance(x, Tensor) else x
+
+
+def backward(outputs: list[Tensor], cotangents: list[Tensor]) -> None:
+    """The backward pass from the outputs that have one."""
+    pairs = [(x, y) for x, y in zip(outputs, cotangents, strict=True) if x.requires_grad]
+    torch.autograd.backward(*map(list, zip(*pairs, strict=True))) if pairs else None
+
+
+def _gradients(arguments: Inputs) -> dict[str, Tensor]:
+    gradients = {}
+    for name, x in arguments.items():
+        for i, leaf in enumerate(tensors(x)):
+            if leaf.requires_grad:
+                assert leaf.grad is not None, f"no gradient for {name}"
+                gradients[f"grad_{name}" + (f"[{i}]" if isinstance(x, list) else "")] = leaf.grad
+    return gradients
 
 
 def differentiate(
@@ -71,24 +105,24 @@ def differentiate(
 
     With ``dtype``, inputs and cotangents are first converted: the same values, already rounded.
     """
-    leaves = {name: _convert(inputs[name], dtype).detach().requires_grad_() for name in grads}
-    outputs = floats(function({**inputs, **leaves}))
-    cotangents = [_convert(_cotangent(x, inputs[grads[0]].dtype), dtype) for x in outputs]
-    torch.autograd.backward(outputs, cotangents)
+    arguments = leaves(inputs, grads, dtype)
+    first = next((x.dtype for name in grads for x in tensors(inputs[name])), None)
+    options = {} if dtype is None or "dtype" not in inputs else {"dtype": dtype}
+    outputs = tensors(function({**inputs, **options, **arguments}))
+    backward(outputs, [_convert(_cotangent(x, first), dtype) for x in outputs])
     results = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
-    for name, leaf in leaves.items():
-        assert leaf.grad is not None, f"no gradient for {name}"
-        results[f"grad_{name}"] = leaf.grad
-    return results
+    return results | _gradients(arguments)
 
 
 def _convert(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x if dtype is None else x.to(dtype)
+    return x if dtype is None or not x.is_floating_point() else x.to(dtype)
 
 
-def _cotangent(output: Tensor, dtype: torch.dtype) -> Tensor:
+def _cotangent(output: Tensor, dtype: torch.dtype | None) -> Tensor:
     generator = torch.Generator().manual_seed(output.numel())
-    cotangent = torch.randn(output.shape, generator=generator).to(dtype)  # rounded as the inputs
+    cotangent = torch.randn(output.shape, generator=generator)
+    if dtype is not None and dtype.is_floating_point:
+        cotangent = cotangent.to(dtype)  # rounded as the inputs
     return cotangent.to(output.device, output.dtype)
 
 
@@ -123,9 +157,9 @@ def check_accuracy(subject: Subject) -> None:
 def check_strided(subject: Subject) -> None:
     """Views of larger buffers, NaN elsewhere, give a contiguous input's bits without a copy."""
     inputs = subject.inputs()
-    strided = {name: _as_view(x) for name, x in inputs.items()}
+    strided = {name: _map(_as_view, x) for name, x in inputs.items()}
     want = differentiate(subject, inputs, subject.spec.grads)
-    leaves = {n: strided[n].detach().requires_grad_() for n in subject.spec.grads}
+    arguments = leaves(strided, subject.spec.grads)
     read = set()
 
     def run(kernel, grid, args, kwargs):
@@ -133,20 +167,20 @@ def check_strided(subject: Subject) -> None:
         _interpreter.execute(kernel, grid, args, kwargs)
 
     with _interpreter.interpreted(run=run):
-        outputs = floats(subject({**strided, **leaves}))
-    for name, leaf in leaves.items() if read else ():
-        assert not leaf.numel() or leaf.data_ptr() in read, f"{name} was copied"
-    cotangents = [_as_view(_cotangent(x, subject.dtype)) for x in outputs]
-    torch.autograd.backward(outputs, cotangents)
+        outputs = tensors(subject({**strided, **arguments}))
+    for name, x in arguments.items() if read else ():
+        if isinstance(x, Tensor):  # of a list, kernels get addresses alone
+            assert not x.numel() or x.data_ptr() in read, f"{name} was copied"
+    backward(outputs, [_as_view(_cotangent(x, subject.dtype)) for x in outputs])
     got = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
-    got |= {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
-    _all_equal(got, want)
+    _all_equal(got | _gradients(arguments), want)
 
 
-def _as_view(x: Any) -> Any:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+def _as_view(x: Tensor) -> Tensor:
+    if not (x.is_floating_point() or x.dtype == torch.uint8) or x.ndim < 2:
         return x
-    buffer = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), float("nan"))
+    fill = float("nan") if x.is_floating_point() else 255
+    buffer = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), fill)
     buffer[:, 1 : 1 + x.shape[1]] = x
     return buffer[:, 1 : 1 + x.shape[1]]
 
@@ -154,17 +188,16 @@ def _as_view(x: Any) -> Any:
 def check_inputs_unmodified(subject: Subject) -> None:
     """Forward and backward leave every input and cotangent as it was."""
     inputs = subject.inputs()
-    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    watched = {f"{name}[{i}]": x for name in inputs for i, x in enumerate(tensors(inputs[name]))}
     if "grid" in inputs:
         grid = inputs["grid"]
-        tensors |= {"geometry": grid.geometry, "grid_thw": grid.grid_thw}
-    before = {name: x.clone() for name, x in tensors.items()}
-    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
-    outputs = floats(subject({**inputs, **leaves}))
+        watched |= {"geometry": grid.geometry, "grid_thw": grid.grid_thw}
+    before = {name: x.clone() for name, x in watched.items()}
+    outputs = tensors(subject({**inputs, **leaves(inputs, subject.spec.grads)}))
     cotangents = [_cotangent(x, subject.dtype) for x in outputs]
     kept = [x.clone() for x in cotangents]
-    torch.autograd.backward(outputs, cotangents)
-    _all_equal(tensors, before)
+    backward(outputs, cotangents)
+    _all_equal(watched, before)
     for i, (x, want) in enumerate(zip(cotangents, kept, strict=True)):
         _equal(f"cotangent {i}", x, want)
 
@@ -204,22 +237,37 @@ def check_packed(subject: Subject) -> None:
     images = subject.images(**subject.without_padding)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1)).tolist()
     for batch in (images, [images[i] for i in order]):
-        packed = _run_forward(subject, subject.spec.pack(batch))
-        alone = [_run_forward(subject, subject.spec.pack([image])) for image in batch]
-        for i, x in enumerate(packed):
-            _equal(f"output {i}", x, torch.cat([y[i] for y in alone], dim=_token_dim(x, alone, i)))
+        packed = subject(subject.spec.pack(batch))
+        alone = [subject(subject.spec.pack([image])) for image in batch]
+        if isinstance(packed, list):  # one result an image
+            for x, y in zip(tensors(packed), tensors(alone), strict=True):
+                _equal("an image", x, y)
+            continue
+        for i, x in enumerate(tensors(packed)):
+            parts = [tensors(y)[i] for y in alone]
+            dim = 0 if sum(len(y) for y in parts) == len(x) else 1
+            _equal(f"output {i}", x, torch.cat(parts, dim))
     grads = [_run_backward(subject, subject.spec.pack([image])) for image in images]
-    for name, grad in _run_backward(subject, subject.spec.pack(images)).items():
-        assert not grad.isnan().any(), f"grad_{name} has NaN"
-        _equal(f"grad_{name}", grad, torch.cat([g[name] for g in grads]))
+    together = _run_backward(subject, subject.spec.pack(images))
+    for name in subject.spec.grads:
+        if name in subject.spec.shared:  # a sum over the images: accuracy is what it owes
+            continue
+        grad = _of_argument(name, together)
+        assert not any(x.isnan().any() for x in grad), f"grad_{name} has NaN"
+        parts = [x for g in grads for x in _of_argument(name, g)]
+        if len(grad) == 1:
+            parts = [torch.cat(parts)]
+        for x, y in zip(grad, parts, strict=True):
+            _equal(f"grad_{name}", x, y)
 
 
-def _token_dim(x: Tensor, alone: list[list[Tensor]], i: int) -> int:
-    return 0 if sum(y[i].shape[0] for y in alone) == x.shape[0] else 1
+def _of_argument(name: str, gradients: dict[str, Tensor]) -> list[Tensor]:
+    """The gradients of one argument: one, or one for each tensor of a list."""
+    return [x for n, x in gradients.items() if n.partition("[")[0] == f"grad_{name}"]
 
 
 def _run_forward(subject: Subject, inputs: Inputs) -> list[Tensor]:
-    return floats(subject(inputs))
+    return tensors(subject(inputs))
 
 
 def _run_backward(
@@ -229,10 +277,13 @@ def _run_backward(
 
     It is NaN where the output is infinite: at a query without keys, which passes nothing on.
     """
-    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
-    outputs = floats(subject({**inputs, **leaves}))
-    torch.autograd.backward(outputs, [view(torch.sin(3 * x.detach())) for x in outputs])
-    return {name: leaf.grad for name, leaf in leaves.items()}  # type: ignore[misc]
+    arguments = leaves(inputs, subject.spec.grads)
+    outputs = tensors(subject({**inputs, **arguments}))
+    cotangents = [
+        view(torch.sin(3 * x.detach())) if x.is_floating_point() else x for x in outputs
+    ]
+    backward(outputs, cotangents)
+    return _gradients(arguments)
 
 
 def check_deterministic(subject: Subject, runs: int = 5) -> None:
@@ -246,22 +297,17 @@ def check_deterministic(subject: Subject, runs: int = 5) -> None:
 def check_opcheck(subject: Subject) -> None:
     """``torch.library.opcheck`` on every registered op that forward and backward call."""
     inputs = subject.inputs()
-    leaves = {name: inputs[name].detach().requires_grad_() for name in subject.spec.grads}
+    arguments = leaves(inputs, subject.spec.grads)
     with _Recorder() as recorder:
-        outputs = floats(subject({**inputs, **leaves}))
-        torch.autograd.backward(outputs, [_cotangent(x, subject.dtype) for x in outputs])
+        outputs = tensors(subject({**inputs, **arguments}))
+        backward(outputs, [_cotangent(x, subject.dtype) for x in outputs])
     assert recorder.calls, "no op of the patchpack namespace was called"
     for op, args in recorder.calls:
         tests = ["test_schema", "test_faketensor"]
-        differentiable = op._schema.name == f"patchpack::{subject.op}"
-        if differentiable:
+        if op._schema.name == f"patchpack::{subject.op}" and subject.spec.grads:
             tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-            args = [
-                x.detach().requires_grad_()
-                if isinstance(x, Tensor) and x.is_floating_point()
-                else x
-                for x in args
-            ]
+            named = {str(i): x for i, x in enumerate(args)}
+            args = list(leaves(named, named).values())
         torch.library.opcheck(op, tuple(args), test_utils=tests)
 
 
@@ -296,7 +342,8 @@ def check_compiled(subject: Subject) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(subject, fullgraph=True, backend=counter)
     for sizes in LENGTH_SETS:
-        inputs = subject.inputs(sizes=sizes)
+        # a list's length is a constant to torch
+        inputs = subject.inputs(sizes=sizes[:2] if subject.spec.lists else sizes)
         want = differentiate(subject, inputs, subject.spec.grads)
         _all_equal(differentiate(compiled, inputs, subject.spec.grads), want)
     assert counter.frame_count <= 2, f"{counter.frame_count} compilations, want at most 2"
@@ -308,27 +355,31 @@ def check_shapes_alone(subject: Subject) -> None:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     inputs = subject.inputs()
-    want = [(x.shape, x.stride(), x.dtype) for x in floats(subject(inputs))]
-    got = [(x.shape, x.stride(), x.dtype) for x in floats(subject(_to_meta(inputs)))]
+    want = [(x.shape, x.stride(), x.dtype) for x in tensors(subject(inputs))]
+    got = [(x.shape, x.stride(), x.dtype) for x in tensors(subject(_to_meta(inputs)))]
     assert got == want, f"meta gives {got}, want {want}"
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        fake = {n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+        fake = {name: _map(mode.from_tensor, x) for name, x in inputs.items()}
         if "grid" in inputs:
             grid = inputs["grid"]
             fake["grid"] = PackedGrid(
                 grid.grid_thw.tolist(), grid.spatial_merge_size, grid.merge_temporal
             )
-        outputs = floats(subject(fake))
+        outputs = tensors(subject(fake))
     assert [x.dtype for x in outputs] == [dtype for _, _, dtype in want]
     assert [x.ndim for x in outputs] == [len(shape) for shape, _, _ in want]
 
 
+# arguments that stay on the host
+ON_HOST = ("target_hw",)
+
+
 def _to_meta(inputs: Inputs) -> Inputs:
-    host = ("target_hw",)
     return {
-        name: x.to("meta") if isinstance(x, (Tensor, PackedGrid)) and name not in host else x
+        name: x.to("meta") if isinstance(x, PackedGrid) else _map(lambda y: y.to("meta"), x)
         for name, x in inputs.items()
-    }
+        if name not in ON_HOST
+    } | {name: inputs[name] for name in ON_HOST if name in inputs}
 
 
 # what waits for the device to give the host a value
@@ -423,7 +474,7 @@ def check_no_sync(subject: Subject) -> None:
             yield
 
     guarded = {
-        name: x.as_subclass(_OnDevice) if isinstance(x, Tensor) and name != "target_hw" else x
+        name: x if name in ON_HOST else _map(lambda y: y.as_subclass(_OnDevice), x)
         for name, x in inputs.items()
     }
     if "grid" in inputs:
@@ -431,16 +482,16 @@ def check_no_sync(subject: Subject) -> None:
         for name in ("geometry", "cu_seqlens"):
             object.__setattr__(grid, name, getattr(grid, name).as_subclass(_OnDevice))
         guarded["grid"] = grid
-    leaves = {name: guarded[name].detach().requires_grad_() for name in subject.spec.grads}
+    arguments = leaves(guarded, subject.spec.grads)
     with (
         guard,
         interpreted(run=run),
         _interpreter.replaced(_interpreter, "interpreted", launching),
     ):
-        outputs = floats(subject({**guarded, **leaves}))
+        outputs = tensors(subject({**guarded, **arguments}))
         cotangents = [torch.ones_like(x) for x in outputs]
         with guard.set(True):
-            torch.autograd.backward(outputs, cotangents)
+            backward(outputs, cotangents)
 
 
 def check_int64_offsets(subject: Subject) -> None:
@@ -450,8 +501,7 @@ def check_int64_offsets(subject: Subject) -> None:
     """
     inputs = subject.inputs(**subject.without_padding)
     spread = {
-        name: _spread(x) if isinstance(x, Tensor) and name in subject.spec.grads else x
-        for name, x in inputs.items()
+        name: _map(_spread, x) if name in subject.spec.grads else x for name, x in inputs.items()
     }
     want = _run_forward(subject, inputs)
     for i, (x, y) in enumerate(zip(_run_forward(subject, spread), want, strict=True)):
@@ -460,7 +510,9 @@ def check_int64_offsets(subject: Subject) -> None:
 
 
 def _spread(x: Tensor) -> Tensor:
-    """The same values with the last row's offset past 2**31 elements."""
+    """The same values with the last row's offset past 2**31 elements; a vector has no rows."""
+    if x.ndim < 2:
+        return x
     stride = -(-(2**31) // max(x.shape[0] - 1, 1)) + 15 & ~15
     buffer = torch.empty(stride * x.shape[0], dtype=x.dtype, device=x.device)
     view = buffer.as_strided(x.shape, (stride, *x.stride()[1:]))
