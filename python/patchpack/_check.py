@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -71,6 +71,32 @@ def integers(name: str, values: Sequence[int]) -> list[int]:
     if not isinstance(values, (list, tuple)) or not all(map(is_integer, values)):
         raise TypeError(f"{name} must be a list or tuple of integers, got {values!r}")
     return [int(v) for v in values]
+
+
+def whole(least: int = 1, /, **values: int) -> list[int]:
+    """``values`` as Python integers, which do not overflow as NumPy's do, of ``least`` or more."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        _limit(name, int(value))
+    return [int(value) for value in values.values()]
+
+
+def numbers(**values: float) -> list[float]:
+    """``values`` as Python integers and floats, above zero."""
+    found = []
+    for name, value in values.items():
+        positive(name, value)
+        found.append(int(value) if isinstance(value, Integral) else float(value))
+        _limit(name, found[-1])
+    return found
+
+
+def _limit(name: str, value: float) -> None:
+    if value >= 2**63:  # far from where a product of some overflows a float
+        raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
 def flags(**values: bool) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from patchpack.cli import CommandError, printable
 from patchpack.systems import qwen2_vl
-from patchpack.systems._rgb import to_rgb
+from patchpack.systems._images import to_rgb
 
 
 @dataclass(frozen=True)

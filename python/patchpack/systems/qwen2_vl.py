@@ -16,8 +16,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,12 +24,10 @@ from torch import Tensor
 
 from patchpack import _check
 from patchpack.packing import PackedGrid
-from patchpack.systems._rgb import to_rgb
+from patchpack.systems import _images, _plan
 
 if TYPE_CHECKING:
-    import PIL.Image
-
-    Image: TypeAlias = PIL.Image.Image | np.ndarray | Tensor
+    from patchpack.systems._images import Image
 
 VISION_START = 151652
 VISION_END = 151653
@@ -98,9 +95,9 @@ def smart_resize(
         TypeError: A size or limit is not a number.
     """
     _check.one_of("variant", variant, IMAGE_TOKENS)
-    height, width, factor = _integers(height=height, width=width, factor=factor)
+    height, width, factor = _check.whole(height=height, width=width, factor=factor)
     min_tokens, max_tokens = IMAGE_TOKENS[variant]
-    min_pixels, max_pixels = _numbers(
+    min_pixels, max_pixels = _check.numbers(
         min_pixels=min_tokens * factor**2 if min_pixels is None else min_pixels,
         max_pixels=max_tokens * factor**2 if max_pixels is None else max_pixels,
     )
@@ -129,7 +126,7 @@ def smart_resize(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(_plan.Plan):
     """What becomes of one image or video.
 
     Attributes:
@@ -153,29 +150,17 @@ class Plan:
     frame_indices: tuple[int, ...] | None = None
 
     @property
-    def num_frames(self) -> int:
-        """Frames that are read: one for an image, which fills a temporal patch by repetition."""
-        return 1 if self.frame_indices is None else len(self.frame_indices)
-
-    @property
-    def vit_tokens(self) -> int:
-        """Patches, the tokens of the vision transformer."""
-        return math.prod(self.grid_thw)
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        return (self.grid_thw,)
 
     @property
     def llm_tokens(self) -> int:
-        """Tokens of the language model, after the merge."""
         return self.vit_tokens // self.merge_size**2
 
     @property
     def markup_tokens(self) -> int:
         """Text tokens around the vision tokens: ``VISION_START`` and ``VISION_END``."""
         return 2
-
-    @property
-    def total_tokens(self) -> int:
-        """What the image or video takes of the language model's context."""
-        return self.llm_tokens + self.markup_tokens
 
 
 def plan(
@@ -208,7 +193,7 @@ def plan(
         ValueError: ``smart_resize`` refuses the size, or it returns an empty one.
         TypeError: A size or limit is not a number.
     """
-    height, width, patch_size, temporal_patch_size, merge_size = _integers(
+    height, width, patch_size, temporal_patch_size, merge_size = _check.whole(
         height=height,
         width=width,
         patch_size=patch_size,
@@ -230,32 +215,6 @@ def plan(
         )
     grid_thw = (1, resized[0] // patch_size, resized[1] // patch_size)
     return Plan(height, width, resized, grid_thw, patch_size, temporal_patch_size, merge_size)
-
-
-def _integers(least: int = 1, /, **values: int) -> list[int]:
-    """``values`` as Python integers, which do not overflow as NumPy's do."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-        _check_limit(name, int(value))
-    return [int(value) for value in values.values()]
-
-
-def _numbers(**values: float) -> list[float]:
-    """``values`` as Python integers and floats, above zero."""
-    numbers = []
-    for name, value in values.items():
-        _check.positive(name, value)
-        numbers.append(int(value) if isinstance(value, Integral) else float(value))
-        _check_limit(name, numbers[-1])
-    return numbers
-
-
-def _check_limit(name: str, value: float) -> None:
-    if value >= 2**63:  # far from where a product of some overflows a float
-        raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
 # Video -------------------------------------------------------------------------------------------
@@ -295,9 +254,9 @@ def smart_nframes(
         TypeError: A number is missing or not a number.
     """
     _check.one_of("variant", variant, VIDEO_TOKENS)
-    total_frames, frame_factor = _integers(total_frames=total_frames, frame_factor=frame_factor)
+    total_frames, frame_factor = _check.whole(total_frames=total_frames, frame_factor=frame_factor)
     if nframes is not None:
-        (nframes,) = _integers(nframes=nframes)
+        (nframes,) = _check.whole(nframes=nframes)
         if fps is not None:
             raise ValueError(f"fps must be None where nframes={nframes} is given, got {fps}")
         count = round(nframes / frame_factor) * frame_factor
@@ -306,8 +265,8 @@ def smart_nframes(
         max_frames = min(MAX_FRAMES, total_frames) if max_frames is None else max_frames
         if video_fps is None:
             raise ValueError("video_fps or nframes must be given, got neither")
-        video_fps, fps = _numbers(video_fps=video_fps, fps=fps)
-        min_frames, max_frames = _integers(min_frames=min_frames, max_frames=max_frames)
+        video_fps, fps = _check.numbers(video_fps=video_fps, fps=fps)
+        min_frames, max_frames = _check.whole(min_frames=min_frames, max_frames=max_frames)
         fewest = math.ceil(min_frames / frame_factor) * frame_factor
         most = math.floor(max_frames / frame_factor) * frame_factor
         wanted = min(max(total_frames / video_fps * fps, fewest), most)
@@ -325,7 +284,7 @@ def smart_nframes(
 
 def frame_indices(total_frames: int, nframes: int) -> tuple[int, ...]:
     """``nframes`` frames from the first to the last, evenly spaced, rounded (halves to even)."""
-    total_frames, nframes = _integers(total_frames=total_frames, nframes=nframes)
+    total_frames, nframes = _check.whole(total_frames=total_frames, nframes=nframes)
     # in float32, as the original does: for long videos the rounding shows
     indices = torch.linspace(0, total_frames - 1, nframes, dtype=torch.float32, device="cpu")
     return tuple(indices.round().long().clamp(max=total_frames - 1).tolist())
@@ -364,10 +323,10 @@ def max_frame_pixels(
         TypeError: A number is not one.
     """
     _check.one_of("variant", variant, VIDEO_TOKENS)
-    nframes, factor, temporal_patch_size = _integers(
+    nframes, factor, temporal_patch_size = _check.whole(
         nframes=nframes, factor=factor, temporal_patch_size=temporal_patch_size
     )
-    min_pixels, total_pixels = _numbers(
+    min_pixels, total_pixels = _check.numbers(
         min_pixels=FRAME_TOKENS[0] * factor**2 if min_pixels is None else min_pixels,
         total_pixels=VIDEO_TOKENS[variant] * factor**2 if total_pixels is None else total_pixels,
     )
@@ -425,7 +384,7 @@ def plan_video(
         TypeError: A number is missing or not a number.
     """
     _check.one_of("variant", variant, VIDEO_TOKENS)
-    total_frames, height, width, patch_size, temporal_patch_size, merge_size = _integers(
+    total_frames, height, width, patch_size, temporal_patch_size, merge_size = _check.whole(
         total_frames=total_frames,
         height=height,
         width=width,
@@ -465,7 +424,7 @@ def plan_video(
         variant=variant,
     )
     max_pixels = limit if max_pixels is None else max_pixels
-    min_pixels, max_pixels = _numbers(min_pixels=min_pixels, max_pixels=max_pixels)
+    min_pixels, max_pixels = _check.numbers(min_pixels=min_pixels, max_pixels=max_pixels)
     if variant == "qwen_vl_utils_0_0_14":
         max_pixels = min(max_pixels, limit)
         if max_pixels < min_pixels:
@@ -511,7 +470,7 @@ def patchify(
             ``patch_size * merge_size``; or one of these is not positive.
         TypeError: ``frames`` is no array, or a size is not an integer.
     """
-    p, tp, m = _integers(
+    p, tp, m = _check.whole(
         patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
     )
     if not isinstance(frames, np.ndarray):
@@ -527,6 +486,12 @@ def patchify(
     rows, cols = height // (p * m), width // (p * m)
     split = frames.reshape(-1, tp, channels, rows, m, p, cols, m, p)
     return split.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * tp * p * p)
+
+
+def _default_plan(num_frames: int | None, height: int, width: int) -> Plan:
+    if num_frames is None:
+        return plan(height, width)
+    return plan_video(num_frames, None, height, width)
 
 
 def preprocess(
@@ -568,26 +533,10 @@ def preprocess(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype!r}")
-    center, scale = _three_numbers("mean", mean), _three_numbers("std", std)
+    center, scale = _images.three_numbers("mean", mean), _images.three_numbers("std", std)
     if not (scale > 0).all():
         raise ValueError(f"std must be above 0, got {std}")
-    images = _listed("images", images)
-    clips = [_rgb_frames(f"images[{i}]", image) for i, image in enumerate(images)]
-    if plans is None:
-        plans = [_default_plan(image, clip) for image, clip in zip(images, clips, strict=True)]
-    plans = _listed("plans", plans)
-    if len(plans) != len(clips):
-        raise ValueError(f"plans must be one for each of {len(clips)} images, got {len(plans)}")
-    for i, (p, clip) in enumerate(zip(plans, clips, strict=True)):
-        if not isinstance(p, Plan):
-            raise TypeError(f"plans[{i}] must be a Plan, got {type(p).__name__}")
-        want = (p.num_frames, p.height, p.width)
-        got = (len(clip), clip[0].height, clip[0].width)
-        if want != got:
-            raise ValueError(
-                f"images[{i}] must have the frames, height and width of plans[{i}], {want},"
-                f" got {got}"
-            )
+    clips, plans = _images.clips_of(images, plans, Plan, _default_plan)
     sizes = {(p.patch_size, p.temporal_patch_size, p.merge_size) for p in plans} or {(14, 2, 2)}
     if len(sizes) > 1:
         raise ValueError(f"plans must share patch, temporal and merge size, got {sorted(sizes)}")
@@ -614,44 +563,6 @@ def preprocess(
     return torch.from_numpy(pixels).flatten(1).to(dtype), grid
 
 
-def _three_numbers(name: str, values: Sequence[float]) -> np.ndarray:
-    try:
-        numbers = np.array(values, np.float32)
-    except (TypeError, ValueError):
-        numbers = np.empty(0)
-    if numbers.shape != (3,) or not np.isfinite(numbers).all():
-        raise ValueError(f"{name} must have 3 numbers, got {values!r}")
-    return numbers
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    # the rows of one image are no images; four axes are a batch
-    if not isinstance(values, Iterable) or getattr(values, "ndim", 4) < 4:
-        raise TypeError(
-            f"{name} must be a sequence of {name}, got one {name[:-1]}, {type(values).__name__}"
-        )
-    return list(values)
-
-
-def _is_video(image: Any) -> bool:
-    return isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
-
-
-def _default_plan(image: Any, clip: list[PIL.Image.Image]) -> Plan:
-    height, width = clip[0].height, clip[0].width
-    return plan_video(len(clip), None, height, width) if _is_video(image) else plan(height, width)
-
-
-def _rgb_frames(name: str, image: Any) -> list[PIL.Image.Image]:
-    if not _is_video(image):
-        return [to_rgb(name, image)]
-    clip = [to_rgb(f"{name}[{i}]", frame) for i, frame in enumerate(image)]
-    if len({frame.size for frame in clip}) != 1:
-        sizes = sorted({(frame.height, frame.width) for frame in clip})
-        raise ValueError(f"{name} must have frames of one size, got {sizes}")
-    return clip
-
-
 # Multimodal rotary position embedding ------------------------------------------------------------
 
 
@@ -666,7 +577,7 @@ def vision_tokens(
     """Token ids of an image or video in the text, its embeddings' places between the markup."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
-    start, end, image, video = _integers(
+    start, end, image, video = _check.whole(
         0,
         vision_start_token_id=vision_start_token_id,
         vision_end_token_id=vision_end_token_id,
@@ -881,7 +792,7 @@ def _check_vision_tokens(
     **token_ids: int,
 ) -> list[int]:
     """``merge_size`` and ``token_ids`` as Python integers; nothing is read from a device."""
-    numbers = [*_integers(merge_size=merge_size), *_integers(0, **token_ids)]
+    numbers = [*_check.whole(merge_size=merge_size), *_check.whole(0, **token_ids)]
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.ndim not in (1, 2):

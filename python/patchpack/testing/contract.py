@@ -82,7 +82,8 @@ def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 def backward(outputs: list[Tensor], cotangents: list[Tensor]) -> None:
     """The backward pass from the outputs that have one."""
     pairs = [(x, y) for x, y in zip(outputs, cotangents, strict=True) if x.requires_grad]
-    torch.autograd.backward(*map(list, zip(*pairs, strict=True))) if pairs else None
+    if pairs:
+        torch.autograd.backward([x for x, _ in pairs], [y for _, y in pairs])
 
 
 def _gradients(arguments: Inputs) -> dict[str, Tensor]:
@@ -279,9 +280,7 @@ def _run_backward(
     """
     arguments = leaves(inputs, subject.spec.grads)
     outputs = tensors(subject({**inputs, **arguments}))
-    cotangents = [
-        view(torch.sin(3 * x.detach())) if x.is_floating_point() else x for x in outputs
-    ]
+    cotangents = [view(torch.sin(3 * x.detach())) if x.is_floating_point() else x for x in outputs]
     backward(outputs, cotangents)
     return _gradients(arguments)
 
