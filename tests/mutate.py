@@ -341,14 +341,14 @@ FAULTS = [
     ),
     Fault(
         "packing: segments of a clip merged where frames are meant",
-        "python/patchpack/packing.py",
+        "python/patchpack/packing/_grid.py",
         "segments = lengths if merge_temporal else",
         "segments = lengths if not merge_temporal else",
         "tests/test_packing.py",
     ),
     Fault(
         "packing: a resized clip falls apart into frames",
-        "python/patchpack/packing.py",
+        "python/patchpack/packing/_grid.py",
         "return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)",
         "return PackedGrid(grid_thw, m, device=self.geometry.device)",
         "tests/test_packing.py",
