@@ -158,7 +158,7 @@ FAULTS = [
     ),
     Fault(
         "interpolate_tokens: half-pixel offset dropped",
-        "kernels/interpolate_tokens.py",
+        "kernels/_resample.py",
         "offset, unit = 2 * num_in, num_in - num_out,",
         "offset, unit = 2 * num_in, num_in - num_in,",
         contract("interpolate_tokens"),
@@ -200,7 +200,7 @@ FAULTS = [
     ),
     Fault(
         "interpolate_tokens: bicubic with another A",
-        "kernels/interpolate_tokens.py",
+        "kernels/_resample.py",
         "-0.5 if ANTIALIAS else -0.75",
         "-0.75",
         contract("interpolate_tokens"),
