@@ -69,37 +69,44 @@ def _add_kernel(
         num_y = tl.max(count_y)
         num_x = tl.max(count_x)
 
-    x_ptrs = x_ptr + offs_t[:, None] * stride_x_t * STRIDE_UNIT + offs_c[None, :]
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     UNROLL: tl.constexpr = max(NUM_TAPS, 1)
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     for ky in range(num_y):
         weight_y = weight_at(distance_y + ky * unit_y, size_y, MODE, ANTIALIAS)
-        # past a border there is the border, which an antialiased filter leaves out
-        tap_y = tl.minimum(tl.maximum(first_y + ky, 0), rows - 1)
-        if ANTIALIAS:
-            weight_y = tl.where(ky < count_y, weight_y, 0.0)
+        tap_y = first_y + ky
+        if NUM_TAPS > 0:  # what lies past a border is the border
+            tap_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
         row_ptrs = table_ptr + tap_y.to(tl.int64) * stride_table_row * STRIDE_UNIT
-        row_acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        row_total = tl.zeros((BLOCK_T,), tl.float32)
+        if ANTIALIAS:  # many taps: row by row, so that float32 sums few numbers at a time
+            row_acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+            row_total = tl.zeros((BLOCK_T,), tl.float32)
         for kx in tl.range(0, num_x, loop_unroll_factor=UNROLL):
             weight_x = weight_at(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
-            tap_x = tl.minimum(tl.maximum(first_x + kx, 0), cols - 1)
-            if ANTIALIAS:
-                weight_x = tl.where(kx < count_x, weight_x, 0.0)
+            tap_x = first_x + kx
+            if NUM_TAPS > 0:
+                tap_x = tl.minimum(tl.maximum(tap_x, 0), cols - 1)
+            else:
+                weight_x = tl.where((tap_y < rows) & (tap_x < cols), weight_x, 0.0)
+            weight = weight_y * weight_x
             taps = row_ptrs + tap_x.to(tl.int64) * stride_table_col * STRIDE_UNIT
-            inside = mask & (weight_y * weight_x != 0.0)[:, None]
-            table = tl.load(taps[:, None] + offs_c[None, :], mask=inside, other=0.0)
-            row_acc += weight_x[:, None] * table.to(tl.float32)
-            row_total += weight_x
-        acc += weight_y[:, None] * row_acc
-        total += weight_y * row_total
-
+            inside = mask & (weight[:, None] != 0.0)
+            table = tl.load(taps[:, None] + offs_c[None, :], mask=inside, other=0.0).to(tl.float32)
+            if ANTIALIAS:
+                row_acc += weight_x[:, None] * table
+                row_total += weight_x
+            else:
+                acc += weight[:, None] * table
+        if ANTIALIAS:
+            acc += weight_y[:, None] * row_acc
+            total += weight_y * row_total
     if ANTIALIAS:
         scale = tl.div_rn(1.0, total)
         acc *= scale[:, None]
         tl.store(saved_ptr + offs_t, scale, mask=mask_t & (pid_c == 0))
+
+    x_ptrs = x_ptr + offs_t * stride_x_t * STRIDE_UNIT
+    x = tl.load(x_ptrs[:, None] + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_t[:, None] * NUM_CHANNELS + offs_c[None, :], x + acc, mask=mask)
 
 

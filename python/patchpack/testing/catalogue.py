@@ -430,13 +430,14 @@ _ADD_POS_EMBED = Spec(
             "channels": 5,
         },
         "MoonViT": {"sizes": [(1, 3, 7), (2, 2, 3)], "table": (3, 7), "mode": "bicubic"},
-        "Oryx": {"sizes": [(1, 4, 3), (1, 11, 2), (1, 1, 1)], "table": (9, 20)},
         "table in float32": {
             "sizes": [(1, 4, 4), (1, 3, 2)],
             "table": (3, 4),
             "table_dtype": torch.float32,
+            "mode": "bicubic",
             "channels": 136,
         },
+        "Oryx": {"sizes": [(1, 4, 3), (1, 11, 2), (1, 1, 1)], "table": (9, 20)},
         "bicubic, antialias": {
             "sizes": [(1, 2, 3), (1, 6, 4)],
             "table": (4, 5),
