@@ -444,9 +444,9 @@ def _two_views(t: int, h: int, w: int) -> list[FeatureMap | Vector]:
 
 
 def _tall(t: int, h: int, w: int) -> list[FeatureMap]:
-    """Tiles in two columns, cropped on all sides and made larger; none of the first is read."""
-    crop = (h, 1, (t - 1) * h, 2 * w - 2)
-    return [FeatureMap(0, (h, w), (t, 2), crop, (2 * t * h, w + 1), newline=1)]
+    """Tiles in two columns, cropped on all sides and made larger."""
+    crop = (h - 1, 1, (t - 1) * h, 2 * w - 2)
+    return [FeatureMap(0, (h, w), (t, 2), crop, (2 * t * h, 2 * w + 1), newline=1)]
 
 
 _ASSEMBLE = Spec(
