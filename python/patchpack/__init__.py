@@ -3,7 +3,9 @@
 from patchpack import reference
 from patchpack._dispatch import available
 from patchpack.ops.interpolate_tokens import interpolate_tokens
+from patchpack.ops.merge_tokens import merge_tokens
 from patchpack.ops.mrope import mrope
+from patchpack.ops.region_attention import region_attention
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
 from patchpack.ops.varlen_attention import varlen_attention
@@ -15,8 +17,10 @@ __all__ = [
     "PackedGrid",
     "available",
     "interpolate_tokens",
+    "merge_tokens",
     "mrope",
     "reference",
+    "region_attention",
     "rope",
     "rope_2d",
     "varlen_attention",
