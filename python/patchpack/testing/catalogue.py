@@ -488,8 +488,8 @@ _MERGE_TOKENS = Spec(
         },
         "InternVL v1": {"sizes": [(2, 4, 6), (1, 2, 2)], "order": "column", "channels": 40},
         "float32 weights": {
-            "sizes": [(1, 4, 6), (1, 20, 18)],
-            "channels": 72,
+            "sizes": [(1, 4, 6), (1, 12, 8)],
+            "channels": 1152,
             "merge": 2,
             "order": "column",
             "norm": "merged weight bias",
