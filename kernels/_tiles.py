@@ -78,6 +78,30 @@ def stride_unit(*tensors: Tensor) -> int:
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
+@triton.jit
+def block_to_token(
+    geometry_ptr, num_grids, search_steps, place, SIZE: tl.constexpr, MERGE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """The token at a place of another order: SIZE x SIZE blocks, each of them row by row.
+
+    Blocks follow each other frame by frame, within a frame by rows or by columns.
+    """
+    grid = find_grid(geometry_ptr, num_grids, search_steps, place)
+    first = tl.load(geometry_ptr + grid * 3)
+    rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
+    cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
+    in_frame = (place - first).to(tl.int32) % (rows * cols)
+    if BY_COLUMN:
+        block = in_frame // (SIZE * SIZE)
+        in_block = in_frame % (SIZE * SIZE)
+        row = block % (rows // SIZE) * SIZE + in_block // SIZE
+        col = block // (rows // SIZE) * SIZE + in_block % SIZE
+    else:
+        row, col = token_to_cell(in_frame, cols, SIZE)
+    return place - in_frame + cell_to_token(row, col, cols, MERGE)
+
+
 def compiler_options() -> dict[str, Any]:
     """What every launch asks of the compiler of its device."""
     target = current_target()

@@ -6,7 +6,9 @@ from patchpack.layout import TokenLayout
 from patchpack.ops.add_pos_embed import add_pos_embed
 from patchpack.ops.assemble import assemble
 from patchpack.ops.interpolate_tokens import interpolate_tokens
+from patchpack.ops.merge_tokens import merge_tokens
 from patchpack.ops.mrope import mrope
+from patchpack.ops.region_attention import region_attention
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
 from patchpack.ops.scatter_tokens import scatter_tokens
@@ -22,8 +24,10 @@ __all__ = [
     "assemble",
     "available",
     "interpolate_tokens",
+    "merge_tokens",
     "mrope",
     "reference",
+    "region_attention",
     "rope",
     "rope_2d",
     "scatter_tokens",
