@@ -20,14 +20,15 @@ SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/pa
 # what a layer may import besides the standard library and itself; the longest name applies
 LAYERS = {
     "patchpack.packing": "numpy torch",
-    "patchpack.reference": "torch patchpack.packing",
-    "patchpack.kernels": "torch triton",
+    "patchpack._resampling": "numpy torch",
+    "patchpack.reference": "torch patchpack.packing patchpack._resampling",
+    "patchpack.kernels": "torch triton patchpack._resampling",
     "patchpack._check": "torch patchpack.packing",
     "patchpack._interpreter": "numpy torch triton patchpack._interpreter_arithmetic",
     "patchpack._interpreter_arithmetic": "numpy torch triton patchpack._interpreter",
     "patchpack._dispatch": "torch patchpack._interpreter",
-    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack.packing"
-    " patchpack.reference",
+    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack._resampling"
+    " patchpack.packing patchpack.reference",
     "patchpack.__init__": "patchpack._dispatch patchpack.ops patchpack.packing patchpack.reference",
     "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.packing",
     "patchpack.models": "torch patchpack patchpack._check patchpack.packing",

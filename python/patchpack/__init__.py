@@ -4,6 +4,8 @@ from patchpack import reference
 from patchpack._dispatch import available
 from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.mrope import mrope
+from patchpack.ops.patchify import patchify
+from patchpack.ops.resize_images import resize_images
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
 from patchpack.ops.varlen_attention import varlen_attention
@@ -16,7 +18,9 @@ __all__ = [
     "available",
     "interpolate_tokens",
     "mrope",
+    "patchify",
     "reference",
+    "resize_images",
     "rope",
     "rope_2d",
     "varlen_attention",
