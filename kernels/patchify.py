@@ -35,6 +35,7 @@ def _cut_kernel(
     search_steps,
     # compile-time
     PIXEL: tl.constexpr,
+    BYTES: tl.constexpr,
     LAYOUT: tl.constexpr,
     PATCH: tl.constexpr,
     TEMPORAL: tl.constexpr,
@@ -83,7 +84,7 @@ def _cut_kernel(
     mask = (offs_t < rows * cols)[:, None] & mask_k[None, :]
     value = tl.load(pixels_ptr + (patches[:, None] + pixels[None, :]), mask=mask, other=0)
     value = value.to(tl.float32)
-    if PIXEL == tl.uint8:
+    if BYTES:
         value = divide(divide(value, 255.0) - mean, std)
     else:  # infinities stay
         value = tl.div_rn(value - mean, std)
@@ -184,6 +185,7 @@ def cut(
         len(images),
         (len(images) - 1).bit_length(),
         PIXEL=getattr(tl, str(images[0].dtype).removeprefix("torch.")),
+        BYTES=images[0].dtype == torch.uint8,
         LAYOUT=layout,
         PATCH=patch_size,
         TEMPORAL=temporal_patch_size,

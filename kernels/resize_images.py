@@ -103,7 +103,7 @@ def resize(images: Sequence[Tensor], sizes: Sequence[int], mode: str) -> Tensor:
 
 def _resize_axis(images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], mode: str) -> Tensor:
     """Resize the height of images ``[F, C, H, W]`` where it changes, and else their width."""
-    block_y, block_x = 8, 128
+    block_y, block_x = 16, 128
     table, weights, starts = [], [], {}
     num_blocks, num_pixels, num_weights = 0, 0, 0
     for image, (height, width) in zip(images, sizes, strict=True):

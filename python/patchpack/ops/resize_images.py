@@ -42,6 +42,8 @@ def resize_images(
     """
     images = _check.images("images", images)
     _check.one_of("mode", mode, FILTERS)
+    if not isinstance(sizes, (list, tuple)):
+        raise TypeError(f"sizes must be a list of pairs, got {type(sizes).__name__}")
     if len(sizes) != len(images):
         raise ValueError(f"sizes must be one for each of {len(images)} images, got {len(sizes)}")
     if not images:

@@ -66,8 +66,7 @@ def cat_grids(grids: Sequence[PackedGrid]) -> PackedGrid:
 def _pack(
     images: Sequence[Inputs], *, along: dict[str, int] | None = None, lists: Sequence[str] = ()
 ) -> Inputs:
-    """Join tensors along the dimension ``along`` names, ``lists``, and grids; the rest is shared.
-    """
+    """Join tensors along the dimension ``along`` names, lists and grids; the rest is shared."""
     packed = dict(images[0])
     for name in lists:
         packed[name] = [x for image in images for x in image[name]]
@@ -475,7 +474,7 @@ _PATCHIFY = Spec(
             "channels": 1,
         },
         "many images": {
-            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(33)],
+            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(17)],
             "patch_size": 2,
             "still": True,
         },
@@ -518,12 +517,11 @@ _RESIZE_IMAGES = Spec(
         "bicubic": {"sizes": [(1, 7, 9), (2, 3, 5), (1, 1, 1)]},
         "bilinear": {"sizes": [(1, 7, 9), (2, 3, 5)], "mode": "bilinear"},
         "smaller": {"sizes": [(1, 10, 40), (1, 3, 7)], "scale": (0.3, 0.4), "still": True},
-        "far smaller": {"sizes": [(1, 20, 31)], "scale": (0.02, 0.05), "channels": 1},
+        "far smaller": {"sizes": [(1, 10, 13)], "scale": (0.05, 0.1), "channels": 1},
         "larger": {"sizes": [(1, 3, 11), (1, 2, 2)], "scale": (3.3, 4.1), "channels": 4},
         "height alone": {"sizes": [(1, 5, 5), (1, 9, 3)], "scale": (1.8, 1.0)},
-        "unchanged": {"sizes": [(1, 5, 5)], "scale": (1.0, 1.0)},
         "many images": {
-            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(33)],
+            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(9)],
             "mode": "bilinear",
             "scale": (1.3, 0.6),
             "still": True,
