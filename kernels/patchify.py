@@ -18,6 +18,7 @@ from patchpack.kernels._tiles import (
     compiler_options,
     divide,
     find_grid,
+    last_contiguous,
     on_device,
     token_to_cell,
 )
@@ -49,7 +50,7 @@ def _cut_kernel(
     pid = tl.program_id(0).to(tl.int64)
     pid_k = (pid % tl.cdiv(NUM_COLUMNS, BLOCK_K)).to(tl.int32)
     block = pid // tl.cdiv(NUM_COLUMNS, BLOCK_K)
-    image = find_grid(table_ptr, num_images, search_steps, block, ROW=7).to(tl.int64)
+    image = find_grid(table_ptr, num_images, search_steps, block, COLUMNS=7).to(tl.int64)
     entry_ptr = table_ptr + image * 7
     pixels_ptr = tl.load(entry_ptr + 1).to(tl.pointer_type(PIXEL))
     frames = tl.load(entry_ptr + 2)
@@ -116,7 +117,7 @@ def _cut_bwd_kernel(
 ):
     """One program gathers the gradient of BLOCK_Y x BLOCK_X pixels of a channel of a frame."""
     block = tl.program_id(0).to(tl.int64)
-    image = find_grid(table_ptr, num_images, search_steps, block, ROW=5).to(tl.int64)
+    image = find_grid(table_ptr, num_images, search_steps, block, COLUMNS=5).to(tl.int64)
     entry_ptr = table_ptr + image * 5
     frames = tl.load(entry_ptr + 2)
     height = tl.load(entry_ptr + 3).to(tl.int32)
@@ -222,7 +223,7 @@ def cut_bwd(
     grad_images = grad.new_empty(num_pixels, dtype=dtype)
     if num_pixels == 0:
         return grad_images
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = last_contiguous(grad)
     _cut_bwd_kernel[(num_blocks,)](
         on_device(torch.tensor(rows, device="cpu"), geometry.device),
         geometry,

@@ -49,7 +49,7 @@ def _resize_axis_kernel(
 ):
     """One program makes BLOCK_Y x BLOCK_X pixels of a channel of a frame."""
     block = tl.program_id(0).to(tl.int64)
-    image = find_grid(table_ptr, num_images, search_steps, block, ROW=14).to(tl.int64)
+    image = find_grid(table_ptr, num_images, search_steps, block, COLUMNS=14).to(tl.int64)
     entry_ptr = table_ptr + image * 14
     pixels_ptr = tl.load(entry_ptr + 1).to(tl.pointer_type(tl.uint8))
     num_channels = tl.load(entry_ptr + 3).to(tl.int32)
