@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +38,14 @@ def cell_to_token(row, col, num_cols, MERGE: tl.constexpr):
     """The inverse of ``token_to_cell``."""
     block = (row // MERGE) * (num_cols // MERGE) + col // MERGE
     return block * (MERGE * MERGE) + (row % MERGE) * MERGE + col % MERGE
+
+
+@triton.jit
+def divide(a, b):
+    """``a / b`` rounded to nearest, without the branch for subnormal numbers of ``tl.div_rn``."""
+    inverse = tl.div_rn(1.0, b)
+    quotient = a * inverse
+    return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
 
 
 @triton.jit
@@ -100,6 +109,12 @@ def block_to_token(
     else:
         row, col = token_to_cell(in_frame, cols, SIZE)
     return place - in_frame + cell_to_token(row, col, cols, MERGE)
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A small table of the CPU on ``device``, without waiting for it."""
+    pinned = table.pin_memory() if device.type == "cuda" else table
+    return pinned.to(device, non_blocking=True)
 
 
 def compiler_options() -> dict[str, Any]:
