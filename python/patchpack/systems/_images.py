@@ -120,14 +120,15 @@ def clips_of(
 
 
 def resized(
-    clip: Sequence[PIL.Image.Image], height: int, width: int, resample: int | None = None
+    clip: Sequence[PIL.Image.Image], height: int, width: int, mode: str = "bicubic"
 ) -> Tensor:
-    """The frames of a clip in another size, uint8 ``[F, 3, height, width]``, a view of ``NHWC``.
+    """The frames of ``clip`` resized by Pillow, uint8 ``[F, 3, height, width]``, of any strides."""
+    import PIL.Image
 
-    ``resample`` is a filter of ``PIL.Image.Resampling``, by default bicubic.
-    """
+    resample = PIL.Image.Resampling[mode.upper()]
     frames = [np.asarray(frame.resize((width, height), resample)) for frame in clip]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
 
 
 def _listed(name: str, values: Any) -> list[Any]:
