@@ -28,8 +28,11 @@ LAYERS = {
     "patchpack._dispatch": "torch patchpack._interpreter",
     "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack.packing"
     " patchpack.reference",
-    "patchpack.__init__": "patchpack._dispatch patchpack.ops patchpack.packing patchpack.reference",
-    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.packing",
+    "patchpack.metadata": "torch patchpack._check patchpack.packing",
+    "patchpack.__init__": "patchpack._dispatch patchpack.metadata patchpack.ops patchpack.packing"
+    " patchpack.reference",
+    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.metadata"
+    " patchpack.packing",
     "patchpack.models": "torch patchpack patchpack._check patchpack.packing",
     "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
     " patchpack.packing patchpack.reference",

@@ -1,6 +1,6 @@
 """Fused kernels for the ragged middle of native-resolution vision-language models."""
 
-from patchpack import reference
+from patchpack import metadata, reference
 from patchpack._dispatch import available
 from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.mrope import mrope
@@ -15,6 +15,7 @@ __all__ = [
     "PackedGrid",
     "available",
     "interpolate_tokens",
+    "metadata",
     "mrope",
     "reference",
     "rope",
