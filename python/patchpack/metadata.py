@@ -150,9 +150,10 @@ def get_vision_window_index(
     num_windows = _length("num_windows", num_windows, grid_thw, m, lambda *thw: windows(*thw).sum())
 
     frames, rows, cols = grid_thw.unbind(dim=1)
+    bounds = packing.bounds_of(windows(frames, rows, cols))
     geometry = packing.geometry_of(torch.stack([frames, rows // m, cols // m], dim=1))
 
-    # which merged token is at each place: a band of windows is as high as the last of its windows
+    # which merged token is at each place; a frame is bands, a band is windows of one height
     grid, place = packing.place_of(geometry[:, 0].contiguous(), num_tokens // m**2)
     first, rows, cols = geometry[grid].unbind(dim=1)  # [T / m^2] each
     frame, place = place // (rows * cols), place % (rows * cols)
@@ -164,9 +165,7 @@ def get_vision_window_index(
     window_index = first + (frame * rows + row) * cols + col
 
     # how many are before each window
-    grid, window = packing.place_of(
-        packing.bounds_of(windows(*grid_thw.unbind(1))), num_windows + 1
-    )
+    grid, window = packing.place_of(bounds, num_windows + 1)
     first, rows, cols = geometry[grid].unbind(dim=1)  # [num_windows + 1] each
     down, across = _ceil_div(rows, side), _ceil_div(cols, side)
     frame, band, window = window // (down * across), window // across % down, window % across

@@ -231,8 +231,8 @@ def sample_frames(
         Indices from the first frame to the last, rounded (halves to even).
 
     Raises:
-        ValueError: ``fps`` and ``nframes`` are both given, ``nframes`` is above ``total_frames``, or
-            a number is not positive or not below 2**63.
+        ValueError: ``fps`` and ``nframes`` are both given, ``nframes`` is above ``total_frames``,
+            or a number is not positive or not below 2**63.
         TypeError: A number is missing or not a number.
     """
     (total_frames,) = _check.whole(total_frames=total_frames)
@@ -395,7 +395,10 @@ def preprocess(
     """
     if plans is None:
         images, plans = _images.clips_of(images, None, Plan, _default_plan)
-    return qwen2_vl.preprocess(images, plans, mean=mean, std=std, dtype=dtype)
+    pixels, grid = qwen2_vl.preprocess(images, plans, mean=mean, std=std, dtype=dtype)
+    if grid.num_grids == 0:  # no plan says how large a patch is
+        pixels = pixels.new_empty(0, 3 * 2 * 16**2)
+    return pixels, grid
 
 
 # Text and positions ------------------------------------------------------------------------------
