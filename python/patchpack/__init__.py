@@ -2,6 +2,7 @@
 
 from patchpack import metadata, reference
 from patchpack._dispatch import available
+from patchpack.ops.add_pos_embed import add_pos_embed
 from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.mrope import mrope
 from patchpack.ops.rope import rope
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PackedGrid",
+    "add_pos_embed",
     "available",
     "interpolate_tokens",
     "metadata",

@@ -1,5 +1,6 @@
 """The specification: slow eager code, differentiable by autograd, in any floating dtype."""
 
+from patchpack.reference.add_pos_embed import add_pos_embed as add_pos_embed
 from patchpack.reference.interpolate_tokens import interpolate_tokens as interpolate_tokens
 from patchpack.reference.mrope import mrope as mrope
 from patchpack.reference.rope import rope as rope

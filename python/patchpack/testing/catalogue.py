@@ -393,10 +393,73 @@ _INTERPOLATE_TOKENS = Spec(
 )
 
 
+# ---------------------------------------------------------------------------------- add_pos_embed
+
+
+def _pos_embed_images(
+    sizes, dtype, device, seed, table, channels=16, table_dtype=None, merge=1, **options
+) -> list[Inputs]:
+    """``table`` is its rows and columns."""
+    generator = torch.Generator().manual_seed(seed)
+    table_dtype = torch.promote_types(dtype, table_dtype or dtype)
+    shared = _random(generator, *table, channels, dtype=table_dtype, device=device)
+    images = []
+    for size in sizes:
+        grid = grid_of(size, merge, device)
+        x = _random(generator, grid.num_tokens, channels, dtype=dtype, device=device)
+        images.append({"x": x, "table": shared, "grid": grid, **options})
+    return images
+
+
+_ADD_POS_EMBED = Spec(
+    op=patchpack.add_pos_embed,
+    reference=reference.add_pos_embed,
+    make_images=_pos_embed_images,
+    pack=lambda images: _pack(images, along={"x": 0}),
+    cases={
+        "Qwen3-VL": {
+            "sizes": [(1, 4, 6), (2, 8, 2), (1, 2, 2)],
+            "table": (6, 6),
+            "merge": 2,
+            "align_corners": True,
+        },
+        "SigLIP 2": {
+            "sizes": [(1, 3, 9), (2, 1, 5), (1, 7, 2)],
+            "table": (5, 8),
+            "antialias": True,
+            "channels": 5,
+        },
+        "MoonViT": {"sizes": [(1, 3, 7), (2, 2, 3)], "table": (3, 7), "mode": "bicubic"},
+        "table in float32": {
+            "sizes": [(1, 4, 4), (1, 3, 2)],
+            "table": (3, 4),
+            "table_dtype": torch.float32,
+            "mode": "bicubic",
+            "channels": 136,
+        },
+        "Oryx": {"sizes": [(1, 4, 3), (1, 11, 2), (1, 1, 1)], "table": (9, 20)},
+        "bicubic, antialias": {
+            "sizes": [(1, 2, 3), (1, 6, 4)],
+            "table": (4, 5),
+            "mode": "bicubic",
+            "antialias": True,
+        },
+        "many images, small table": {
+            "sizes": [(1 + 2 * (i == 3), 1 + i % 3, 2 + i % 2) for i in range(9)],
+            "table": (2, 1),
+        },
+        "a clip, small table": {"sizes": [(5, 3, 2)], "table": (1, 2), "mode": "bicubic"},
+    },
+    grads=("x", "table"),
+    shared=("table",),
+)
+
+
 SPECS: dict[str, Spec] = {
     "rope": _ROPE,
     "rope_2d": _ROPE_2D,
     "mrope": _MROPE,
     "interpolate_tokens": _INTERPOLATE_TOKENS,
+    "add_pos_embed": _ADD_POS_EMBED,
     "varlen_attention": _VARLEN_ATTENTION,
 }
