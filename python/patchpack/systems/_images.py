@@ -130,7 +130,6 @@ def resized(
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-
 def _listed(name: str, values: Any) -> list[Any]:
     # the rows of one image are no images; four axes are a batch
     if not isinstance(values, Iterable) or getattr(values, "ndim", 4) < 4:
