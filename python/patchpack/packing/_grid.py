@@ -344,6 +344,8 @@ class PackedGrid:
         Raises:
             ValueError: Rows or columns do not divide by ``size``.
         """
+        if self.spatial_merge_size % size == 0:  # checked when the grid was built
+            return self.num_tokens // size**2
         return torch.ops.patchpack.merged_sizes(self._sizes, size)[1].shape[0]
 
     def merged(self, merge_size: int | None = None) -> PackedGrid:
