@@ -526,7 +526,7 @@ _ASSEMBLE = Spec(
     cases={
         "LLaVA-OneVision": {"sizes": [(3, 4, 5), (1, 5, 7)], "parts": _anyres},
         "Oryx": {"sizes": [(2, 3, 5), (1, 4, 4)], "parts": _two_views, "vectors": 4},
-        "larger": {"sizes": [(2, 4, 3), (3, 2, 5)], "parts": _tall, "channels": 200},
+        "larger": {"sizes": [(2, 2, 3), (2, 1, 2)], "parts": _tall, "channels": 200},
         "maps alone": {
             "sizes": [(3, 3, 4), (1, 1, 1)],
             "parts": lambda t, h, w: [FeatureMap(0, (h, w), (t, 1))],
