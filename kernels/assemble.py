@@ -53,7 +53,9 @@ def _target_of(row_ptrs):
     return begin, rows, cols, newline
 
 
-@triton.jit(do_not_specialize=["num_parts", "search_steps", "num_tokens", "batch_rows"])
+@triton.jit(
+    do_not_specialize=["num_parts", "search_steps", "num_tokens", "batch_rows", "stride_tokens_b"]
+)
 def _assemble_kernel(
     # tensors
     tokens_ptr,  # [B, R, C]

@@ -39,7 +39,7 @@ def _invert_kernel(
     tl.store(sources_ptr + rows, (offs + num_vectors).to(tl.int32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch_rows", "num_rows", "num_vectors"])
+@triton.jit(do_not_specialize=["batch_rows", "num_rows", "num_vectors", "stride_embeds_b"])
 def _scatter_kernel(
     # tensors
     embeds_ptr,  # [B, L, C]
@@ -77,7 +77,9 @@ def _scatter_kernel(
     tl.store(out_ptr + offs_r[:, None] * NUM_CHANNELS + offs_c[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch_rows", "num_rows", "num_tokens", "num_vectors"])
+@triton.jit(
+    do_not_specialize=["batch_rows", "num_rows", "num_tokens", "num_vectors", "stride_grad_b"]
+)
 def _scatter_bwd_kernel(
     # tensors
     grad_ptr,  # [B, L, C]

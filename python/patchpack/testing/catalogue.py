@@ -526,13 +526,13 @@ _ASSEMBLE = Spec(
     cases={
         "LLaVA-OneVision": {"sizes": [(3, 4, 5), (1, 5, 7)], "parts": _anyres},
         "Oryx": {"sizes": [(2, 3, 5), (1, 4, 4)], "parts": _two_views, "vectors": 4},
-        "larger": {"sizes": [(2, 4, 3), (3, 2, 5)], "parts": _tall, "channels": 5},
+        "larger": {"sizes": [(2, 2, 3), (2, 1, 2)], "parts": _tall, "channels": 200},
         "maps alone": {
             "sizes": [(3, 3, 4), (1, 1, 1)],
             "parts": lambda t, h, w: [FeatureMap(0, (h, w), (t, 1))],
             "vectors": 0,
         },
-        "spare tokens": {"sizes": [(2, 5, 4)], "parts": _anyres, "spare": 7, "channels": 200},
+        "spare tokens": {"sizes": [(2, 5, 4)], "parts": _anyres, "spare": 7},
         "vectors alone": {"sizes": [(1, 1, 1)], "parts": lambda t, h, w: [Vector(1)] * 3},
         "many images": {
             "sizes": [(1 + i % 2, 1 + i % 3, 1 + i % 5) for i in range(9)],
@@ -600,7 +600,7 @@ _SCATTER_TOKENS = Spec(
             "batched": True,
         },
         "many channels": {"sizes": [(1, 9, 9)], "channels": 200, "vectors": 2},
-        "one row": {"sizes": [(1, 1, 1)], "channels": 5, "vectors": 2},
+        "one row": {"sizes": [(1, 1, 1)], "vectors": 2},
     },
     grads=("embeds", "tokens", "vectors"),
     shared=("vectors",),
