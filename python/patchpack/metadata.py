@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from patchpack import _check, packing
+from patchpack import _check
+from patchpack.packing import _grid
 
 # Vision encoder ----------------------------------------------------------------------------------
 
@@ -47,9 +48,9 @@ def get_vision_cu_seqlens(
     _check.flags(merge_temporal=merge_temporal)
     grid_thw = grid_thw.long()
     if merge_temporal:
-        return packing.geometry_of(grid_thw)[:, 0].int()
+        return _grid.geometry_of(grid_thw)[:, 0].int()
     num_segments = _length("num_segments", num_segments, grid_thw, 1, lambda t, h, w: t.sum())
-    return packing.cu_seqlens_of(packing.geometry_of(grid_thw), grid_thw[:, 0], num_segments)
+    return _grid.cu_seqlens_of(_grid.geometry_of(grid_thw), grid_thw[:, 0], num_segments)
 
 
 def get_vision_position_ids(
@@ -90,7 +91,7 @@ def get_vision_position_ids(
     num_tokens = _length("num_tokens", num_tokens, grid_thw, m, lambda t, h, w: (t * h * w).sum())
     if isinstance(m, Tensor):
         m = torch.nn.functional.pad(m, (0, 1), value=1)  # of what is past the last image
-    return packing.position_ids_of(packing.geometry_of(grid_thw), m, num_tokens, include_temporal)
+    return _grid.position_ids_of(_grid.geometry_of(grid_thw), m, num_tokens, include_temporal)
 
 
 def get_vision_window_index(
@@ -150,11 +151,11 @@ def get_vision_window_index(
     num_windows = _length("num_windows", num_windows, grid_thw, m, lambda *thw: windows(*thw).sum())
 
     frames, rows, cols = grid_thw.unbind(dim=1)
-    bounds = packing.bounds_of(windows(frames, rows, cols))
-    geometry = packing.geometry_of(torch.stack([frames, rows // m, cols // m], dim=1))
+    bounds = _grid.bounds_of(windows(frames, rows, cols))
+    geometry = _grid.geometry_of(torch.stack([frames, rows // m, cols // m], dim=1))
 
     # which merged token is at each place; a frame is bands, a band is windows of one height
-    grid, place = packing.place_of(geometry[:, 0].contiguous(), num_tokens // m**2)
+    grid, place = _grid.place_of(geometry[:, 0].contiguous(), num_tokens // m**2)
     first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [T / m^2] each
     frame, place = place // (rows * cols), place % (rows * cols)
     band, place = place // (side * cols), place % (side * cols)
@@ -165,7 +166,7 @@ def get_vision_window_index(
     window_index = first + (frame * rows + row) * cols + col
 
     # how many are before each window
-    grid, window = packing.place_of(bounds, num_windows + 1)
+    grid, window = _grid.place_of(bounds, num_windows + 1)
     first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [num_windows + 1] each
     down, across = _ceil_div(rows, side), _ceil_div(cols, side)
     frame, band, window = window // (down * across), window // across % down, window % across
@@ -198,7 +199,7 @@ def _length(
             f"{name} must be given for grid_thw on {grid_thw.device}: counting would wait for it"
         )
     m = spatial_merge_size
-    packing.check_sizes(grid_thw.numpy(), m.numpy() if isinstance(m, Tensor) else m)
+    _grid.check_sizes(grid_thw.numpy(), m.numpy() if isinstance(m, Tensor) else m)
     return int(count(*grid_thw.unbind(dim=1)))
 
 
