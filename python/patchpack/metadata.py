@@ -156,7 +156,7 @@ def get_vision_window_index(
 
     # which merged token is at each place; a frame is bands, a band is windows of one height
     grid, place = _grid.place_of(geometry[:, 0].contiguous(), num_tokens // m**2)
-    first, rows, cols = geometry[grid].unbind(dim=1)  # [T / m^2] each
+    first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [T / m^2] each
     frame, place = place // (rows * cols), place % (rows * cols)
     band, place = place // (side * cols), place % (side * cols)
     height = (rows - side * band).clamp(max=side)
@@ -167,7 +167,7 @@ def get_vision_window_index(
 
     # how many are before each window
     grid, window = _grid.place_of(bounds, num_windows + 1)
-    first, rows, cols = geometry[grid].unbind(dim=1)  # [num_windows + 1] each
+    first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [num_windows + 1] each
     down, across = _ceil_div(rows, side), _ceil_div(cols, side)
     frame, band, window = window // (down * across), window // across % down, window % across
     height = (rows - side * band).clamp(max=side)

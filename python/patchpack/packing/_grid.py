@@ -71,7 +71,7 @@ def geometry_of(grid_thw: Tensor) -> Tensor:
 def cu_seqlens_of(geometry: Tensor, frames: Tensor, num_segments: int) -> Tensor:
     """Where frames begin and end, int32 ``[num_segments + 1]``; grids have ``frames`` ``[G]``."""
     grid, frame = place_of(bounds_of(frames), num_segments + 1)
-    first, rows, cols = geometry[grid].unbind(dim=1)  # [num_segments + 1] each
+    first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [num_segments + 1] each
     return (first + frame * rows * cols).clamp(max=geometry[-1, 0]).int()
 
 
@@ -85,16 +85,17 @@ def position_ids_of(
 
     ``spatial_merge_size`` is one for all grids, or one for each row of ``geometry``.
     """
-    grid, token = place_of(geometry[:, 0].contiguous(), num_tokens)
-    rows, cols = geometry[grid, 1:].unbind(dim=1)  # [T] each
+    offsets, rows, cols = geometry.unbind(dim=1)  # [G + 1] each
     m = spatial_merge_size
+    across = (cols // m).clamp(min=1)  # blocks; past the last grid there is none
+    grid, token = place_of(offsets.contiguous(), num_tokens)
+    area, across = torch.stack([rows * cols, across], dim=1).index_select(0, grid).unbind(dim=1)
     m = m[grid] if isinstance(m, Tensor) else m
-    in_frame = token % (rows * cols)
-    block, in_block = in_frame // (m * m), in_frame % (m * m)
-    across = (cols // m).clamp(min=1)  # past the last grid there is none
-    row = block // across * m + in_block // m
-    col = block % across * m + in_block % m
-    frame = [token // (rows * cols)] if include_temporal else []
+    frame = [token // area] if include_temporal else []
+    token = token % area
+    block, token = token // (m * m), token % (m * m)
+    row = block // across * m + token // m
+    col = block % across * m + token % m
     return torch.stack([*frame, row, col], dim=1)
 
 
