@@ -119,9 +119,7 @@ def test_weights_may_be_strided():
     grid, x = PackedGrid([(4, 4)]), torch.randn(16, 8)
     weight, bias = torch.randn(32, 2).unbind(1)
     got = merge_tokens(x, grid, weight=weight, bias=bias, impl="triton")
-    want = merge_tokens(
-        x, grid, weight=weight.contiguous(), bias=bias.contiguous(), impl="triton"
-    )
+    want = merge_tokens(x, grid, weight=weight.contiguous(), bias=bias.contiguous(), impl="triton")
     assert torch.equal(got, want)
 
 
@@ -136,20 +134,35 @@ def test_sums_of_weights_do_not_depend_on_who_is_asked():
     assert torch.equal(*grads)
 
 
+def test_many_partial_sums_are_summed():
+    grid = PackedGrid([(160, 256)], 2)
+    x, cotangent = torch.randn(40960, 2), torch.randn(10240, 8)
+    affine = {name: torch.ones(2, requires_grad=True) for name in ("weight", "bias")}
+    merge_tokens(x, grid, **affine, impl="triton").backward(cotangent)
+    cotangent = cotangent.double().reshape(-1, 2)
+    normed = functional.layer_norm(x.double(), (2,), eps=1e-6)
+    torch.testing.assert_close(affine["bias"].grad.double(), cotangent.sum(0), rtol=1e-5, atol=1e-3)
+    want = (cotangent * normed).sum(0)
+    torch.testing.assert_close(affine["weight"].grad.double(), want, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("channels", "size", "launches"), [(40, None, (1, 1)), (1280, 1, (1, 2)), (1024, 4, (1, 2))]
 )
 def test_launches_are_few_and_wide(channels, size, launches):
     grid = PackedGrid([(4, 6), (8, 2)])
     x = torch.zeros(40, channels, dtype=torch.bfloat16, requires_grad=True)
-    affine = {n: torch.ones(size * channels, requires_grad=True) for n in ("weight", "bias") if size}
+    affine = {
+        n: torch.ones(size * channels, requires_grad=True) for n in ("weight", "bias") if size
+    }
     with compiled.session("sm_90") as forward:
         y = merge_tokens(x, grid, **affine, impl="triton")
     with compiled.session("sm_90") as backward:
         y.backward(torch.zeros_like(y))
     assert (len(forward), len(backward)) == launches
-    assert forward[0].wide_stores and forward[0].wide_loads
-    assert backward[0].wide_stores and backward[0].wide_loads
+    for launch in (forward[0], backward[0]):
+        assert launch.wide_loads
+        assert launch.wide_stores
 
 
 def test_a_second_derivative_is_refused():

@@ -63,9 +63,7 @@ def region_attention(
     if torch.compiler.is_compiling():
         torch._check(query.shape[0] == num_cells)
     elif query.shape[0] != num_cells:
-        raise ValueError(
-            f"query must have the {num_cells} cells of grid, got {list(query.shape)}"
-        )
+        raise ValueError(f"query must have the {num_cells} cells of grid, got {list(query.shape)}")
     if softmax_scale is not None:
         _check.positive("softmax_scale", softmax_scale)
     scale = num_channels**-0.5 if softmax_scale is None else float(softmax_scale)

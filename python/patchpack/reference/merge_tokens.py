@@ -38,6 +38,8 @@ def merge_tokens(
     dtype = torch.promote_types(x.dtype, torch.float32)
     blocks = blocks.to(dtype) if len(affine) == x.shape[1] else blocks.to(dtype).flatten(1)
     weight, bias = (p if p is None else p.to(dtype) for p in (weight, bias))
-    return F.layer_norm(blocks, affine.shape, weight, bias, eps).reshape(
-        len(blocks), m * m * x.shape[1]
-    ).to(x.dtype)
+    return (
+        F.layer_norm(blocks, affine.shape, weight, bias, eps)
+        .reshape(len(blocks), m * m * x.shape[1])
+        .to(x.dtype)
+    )

@@ -407,9 +407,7 @@ def _region_images(
         images.append(
             {
                 "query": _random(generator, num_cells, channels, dtype=dtype, device=device),
-                "tokens": _random(
-                    generator, grid.num_tokens, channels, dtype=dtype, device=device
-                ),
+                "tokens": _random(generator, grid.num_tokens, channels, dtype=dtype, device=device),
                 "grid": grid,
                 "region": region,
                 **options,
