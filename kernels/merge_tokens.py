@@ -103,7 +103,7 @@ def _merge_kernel(
 def _merge_bwd_kernel(
     # tensors
     grad_ptr,  # [N, m^2 C]
-    x_ptr,  # [T, C]
+    x_ptr,  # [T, C], of a LayerNorm
     weight_ptr,  # [TOGETHER C]
     geometry_ptr,  # [G + 1, 3]
     mean_ptr,  # [T / TOGETHER]
@@ -157,11 +157,11 @@ def _merge_bwd_kernel(
         )
         grads = grad_ptr + place // AREA * stride_grad_n * STRIDE_UNIT + place % AREA * NUM_CHANNELS
         grad_ptrs = grads[:, :, None] + offs_c
-        x_ptrs = (x_ptr + token * stride_x_t * STRIDE_UNIT)[:, :, None] + offs_c
         grad_x_ptrs = (grad_x_ptr + token * NUM_CHANNELS)[:, :, None] + offs_c
         mask_x = mask_k[:, :, None] & mask_own
 
         if HAS_WEIGHT or HAS_BIAS:
+            x_ptrs = (x_ptr + token * stride_x_t * STRIDE_UNIT)[:, :, None] + offs_c
             mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)[:, None, None]
             rstd = tl.load(rstd_ptr + offs_n, mask=mask_n, other=0.0)[:, None, None]
 
@@ -292,7 +292,7 @@ def merge(
 
 def merge_bwd(
     grad: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     geometry: Tensor,
@@ -302,7 +302,8 @@ def merge_bwd(
     merge_size: int,
     by_column: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, num_channels = x.shape
+    area = merge_size * merge_size
+    num_tokens, num_channels = grad.shape[0] * area, grad.shape[1] // area
     together, normalised = _together(num_channels, weight, bias)
     num_rows = num_tokens // together
     block_n, block_k, block_c = _tile(together, num_channels)
@@ -311,12 +312,13 @@ def merge_bwd(
     share = max(16, triton.cdiv(num_tiles, 256)) if normalised else 1
     num_shares = triton.cdiv(num_tiles, share)
 
-    grad_x = x.new_empty(x.shape)
-    grads = [x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)]
-    partials = [x.new_empty(num_shares, p.numel(), dtype=torch.float32) for p in grads]
+    grad_x = grad.new_empty(num_tokens, num_channels)
+    grads = [grad.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)]
+    partials = [grad.new_empty(num_shares, p.numel(), dtype=torch.float32) for p in grads]
     if num_rows > 0:
-        grad, x = (y if y.stride(-1) == 1 else y.contiguous() for y in (grad, x))
-        unit = 8 if grad.stride(0) % 8 == 0 and x.stride(0) % 8 == 0 else 1
+        grad, x = (y if y is None or y.stride(-1) == 1 else y.contiguous() for y in (grad, x))
+        strides = [0 if y is None else y.stride(0) for y in (grad, x)]
+        unit = 8 if all(s % 8 == 0 for s in strides) else 1
         _merge_bwd_kernel[(num_shares * triton.cdiv(num_channels, block_c),)](
             grad,
             x,
@@ -329,8 +331,7 @@ def merge_bwd(
             *_search(geometry),
             num_rows,
             share,
-            grad.stride(0) // unit,
-            x.stride(0) // unit,
+            *(s // unit for s in strides),
             MERGE_SIZE=merge_size,
             MERGE=spatial_merge_size,
             BY_COLUMN=by_column,

@@ -1,8 +1,8 @@
 """Triton kernels of ``patchpack.ops.region_attention``; the maths is in its reference.
 
-A program holds whole cells, ``[BLOCK_N, BLOCK_K, BLOCK_C]``: all tokens of a cell and, where they fit
-into registers, all channels, so that memory is read once. Otherwise it goes over the channels twice,
-and finds them in cache the second time.
+A program holds whole cells, ``[BLOCK_N, BLOCK_K, BLOCK_C]``: all tokens of a cell and, where they
+fit into registers, all channels. Otherwise it goes over the channels twice, and finds them in cache
+the second time.
 """
 
 import torch

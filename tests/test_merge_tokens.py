@@ -134,6 +134,18 @@ def test_sums_of_weights_do_not_depend_on_who_is_asked():
     assert torch.equal(*grads)
 
 
+def test_many_partial_sums_are_summed():
+    grid = PackedGrid([(160, 256)], 2)
+    x, cotangent = torch.randn(40960, 2), torch.randn(10240, 8)
+    affine = {name: torch.ones(2, requires_grad=True) for name in ("weight", "bias")}
+    merge_tokens(x, grid, **affine, impl="triton").backward(cotangent)
+    cotangent = cotangent.double().reshape(-1, 2)
+    normed = functional.layer_norm(x.double(), (2,), eps=1e-6)
+    torch.testing.assert_close(affine["bias"].grad.double(), cotangent.sum(0), rtol=1e-5, atol=1e-3)
+    want = (cotangent * normed).sum(0)
+    torch.testing.assert_close(affine["weight"].grad.double(), want, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("channels", "size", "launches"), [(40, None, (1, 1)), (1280, 1, (1, 2)), (1024, 4, (1, 2))]
 )
@@ -148,8 +160,9 @@ def test_launches_are_few_and_wide(channels, size, launches):
     with compiled.session("sm_90") as backward:
         y.backward(torch.zeros_like(y))
     assert (len(forward), len(backward)) == launches
-    assert forward[0].wide_stores and forward[0].wide_loads
-    assert backward[0].wide_stores and backward[0].wide_loads
+    for launch in (forward[0], backward[0]):
+        assert launch.wide_loads
+        assert launch.wide_stores
 
 
 def test_a_second_derivative_is_refused():

@@ -98,7 +98,7 @@ def test_what_does_not_divide_is_not_merged():
             merge(4)
     with pytest.raises(ValueError, match="merge_size must be at least 1"):
         grid.merged(0)
-    with pytest.raises(TypeError, match="merge_size must be an int, got 2.0"):
+    with pytest.raises(TypeError, match=r"merge_size must be an int, got 2\.0"):
         grid.merged(2.0)
 
 

@@ -32,8 +32,8 @@ def merge_tokens(
             order. The order of ``x`` may be any other: every block is found in it.
         weight: Factors of a LayerNorm, ``[C]`` to normalise every token before it is merged, or
             ``[m^2 C]`` to normalise it afterwards. Any of the dtypes, on the device of ``x``.
-        bias: What the LayerNorm adds, ``[C]`` or ``[m^2 C]``, and of the size of ``weight`` if there
-            is one. Without both nothing is normalised.
+        bias: What the LayerNorm adds, ``[C]`` or ``[m^2 C]``, of the size of ``weight`` if there is
+            one. Without both nothing is normalised.
         eps: What the LayerNorm adds to variances.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
 
@@ -41,8 +41,9 @@ def merge_tokens(
         The merged tokens, contiguous, ``[T / m^2, m^2 C]``, dtype of ``x``. Channel
         ``(dr * m + dc) * C + c`` is channel ``c`` of the token at row ``dr`` and column ``dc`` of
         the block. With ``order="row"`` their grid is ``grid.merged(m)``. Differentiable in ``x``,
-        ``weight`` and ``bias``, once. Deterministic: gradients of ``weight`` and ``bias`` are summed
-        in float32, in an order that the number of tokens fixes.
+        ``weight`` and ``bias``, once. Deterministic: gradients of weights are summed in float32, in
+        an order that the number of tokens fixes. A LayerNorm saves ``x`` and the mean and inverse
+        deviation of what it normalised; without one nothing is saved.
 
     Raises:
         ValueError: Rows or columns of ``grid`` do not divide by ``m``, or a shape, a number, a
@@ -113,7 +114,8 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, geometry, _, *ctx.options, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, bias, geometry, mean, rstd)
+    copied = weight is None and bias is None
+    ctx.save_for_backward(None if copied else x, weight, bias, geometry, mean, rstd)
 
 
 def _backward(ctx, grad, *_):
@@ -126,10 +128,12 @@ def _backward(ctx, grad, *_):
     return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
-def _fake_backward(grad, x, weight, bias, *_):
-    absent = x.new_empty(0)
-    grads = (absent.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias))
-    return x.new_empty(x.shape), *grads
+def _fake_backward(grad, x, weight, bias, geometry, mean, rstd, order, merge_size, by_column):
+    area = merge_size * merge_size
+    grad_x = grad.new_empty(grad.shape[0] * area, grad.shape[1] // area)
+    return grad_x, *(
+        grad.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)
+    )
 
 
 _dispatch.define(
@@ -142,7 +146,7 @@ _dispatch.define(
     backward=_backward,
 )
 _dispatch.define(
-    "merge_tokens_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor geometry,"
+    "merge_tokens_backward(Tensor grad, Tensor? x, Tensor? weight, Tensor? bias, Tensor geometry,"
     " Tensor mean, Tensor rstd, int spatial_merge_size, int merge_size, bool by_column)"
     " -> (Tensor, Tensor, Tensor)",
     "merge_tokens:merge_bwd",

@@ -7,8 +7,8 @@ The map of a frame falls into cells of ``r x r`` tokens ``x_k``, and each has a 
 
 Keys and values are the tokens as they are. Oryx projects both its pooled map and its tokens to
 scores of 256 channels; as scores are linear in the tokens, ``(Wk x_k) . (Wq a + bq)`` equals
-``x_k . (Wk^T (Wq a + bq))``, and what ``bk`` adds to all scores of a cell changes no softmax: so the
-projection of the keys belongs to the query. Source: Oryx (arXiv 2409.12961).
+``x_k . (Wk^T (Wq a + bq))``, and what ``bk`` adds to all scores of a cell changes no softmax: so
+the projection of the keys belongs to the query. Source: Oryx (arXiv 2409.12961).
 """
 
 from __future__ import annotations
