@@ -104,4 +104,5 @@ BENCH = Bench(
     flops=_flops,
     bound="copy",
     peers={"torch, image by image": _torch_chain, "NumPy, image by image": _numpy_chain},
+    backward=False,
 )

@@ -63,4 +63,5 @@ BENCH = Bench(
     flops=_flops,
     bound="copy",
     peers={"Pillow, image by image": _pillow},
+    backward=False,
 )

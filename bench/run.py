@@ -41,7 +41,7 @@ def main() -> None:
         for shape, dtype, backward in itertools.product(
             ["tiny"] if args.quick else bench.shapes,
             args.dtype or DTYPES[:2],
-            (False, True),
+            (False, True) if bench.backward else (False,),
         )
     ]
     path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")

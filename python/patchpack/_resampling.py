@@ -36,7 +36,7 @@ def height_first(before: Sequence[int], after: Sequence[int]) -> bool:
     return fewer_rows > max(2 * fewer_columns, 0)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def resampling_weights(num_in: int, num_out: int, mode: str) -> tuple[Tensor, Tensor]:
     """What the outputs of an axis are made of.
 

@@ -785,9 +785,9 @@ _PATCHIFY = Spec(
             "merge": 2,
         },
         "floating": {
-            "sizes": [(1, 4, 6), (2, 2, 2)],
+            "sizes": [(1, 4, 8), (2, 4, 4)],
             "temporal_patch_size": 2,
-            "merge": 2,
+            "merge": 4,
             "bytes_": False,
         },
         "SigLIP 2": {
@@ -809,13 +809,6 @@ _PATCHIFY = Spec(
             "missing": 2,
             "remainder": (0, 1),
             "bytes_": False,
-        },
-        "last frame repeated": {
-            "sizes": [(2, 4, 8), (1, 8, 4)],
-            "temporal_patch_size": 4,
-            "missing": 3,
-            "merge": 4,
-            "channels": 1,
         },
         "many images": {
             "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(17)],
