@@ -568,7 +568,7 @@ def _parts(p: Plan, first: int) -> Iterator[FeatureMap | Vector]:
 
 
 def merge_patches(
-    tokens: Tensor, newline: Tensor, plans: Iterable[Plan], *, impl: str | None = None
+    tokens: Tensor, newline: Tensor | None, plans: Iterable[Plan], *, impl: str | None = None
 ) -> Tensor:
     """Turn the projected tokens of all crops into the language model's.
 
@@ -576,8 +576,9 @@ def merge_patches(
     pools and writes newlines; frames under pooling ``"max"`` take a pass of their own before it.
 
     Args:
-        tokens: Projected tokens of all crops, ``[T, C]``, in the order of ``preprocess``.
-        newline: The learned vector at the end of rows, ``[C]``.
+        tokens: Projected tokens of all crops, ``[T, C]`` or ``[crops, side**2, C]``, in the order
+            of ``preprocess``.
+        newline: The learned vector at the end of rows, ``[C]``; ``None`` if no plan has one.
         plans: What becomes of each image and video.
         impl: Implementation of ``patchpack.assemble`` and ``patchpack.interpolate_tokens``.
 
@@ -586,17 +587,22 @@ def merge_patches(
 
     Raises:
         ValueError: ``tokens`` are not those of ``plans``, or ``newline`` does not fit.
+        TypeError: An argument has another type, or the dtypes differ.
     """
     plans = list(plans)
+    _check.shape("tokens", tokens, *[None] * (3 if getattr(tokens, "ndim", 2) == 3 else 2))
     want = sum(p.vit_tokens for p in plans)
-    _check.shape("tokens", tokens, want, None)
-    _check.shape("newline", newline, tokens.shape[1])
+    if tokens.shape[:-1].numel() != want:
+        raise ValueError(f"tokens must be the {want} of plans, got {list(tokens.shape)}")
+    if newline is not None:
+        _check.shape("newline", newline, tokens.shape[-1])
+        newline = newline[None]
     if any(p.pooling == "max" for p in plans):
-        every = tokens.split([p.vit_tokens for p in plans])
+        every = tokens.flatten(0, -2).split([p.vit_tokens for p in plans])
         pooled = [_max_pooled(x, p, impl) for x, p in zip(every, plans, strict=True)]
         tokens = torch.cat(pooled)
     where = layout(plans, device=tokens.device)
-    return patchpack.assemble(tokens, newline[None], where, impl=impl)
+    return patchpack.assemble(tokens, newline, where, impl=impl)
 
 
 def _max_pooled(tokens: Tensor, p: Plan, impl: str | None) -> Tensor:
