@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -305,3 +306,188 @@ def test_plan_video_names_what_it_refuses(arguments, error, message):
     with pytest.raises(error) as raised:
         plan_video(**{**video, **arguments})
     assert str(raised.value) == message
+
+
+# Patches -----------------------------------------------------------------------------------------
+
+
+def photos():
+    """Photographs of several aspect ratios: three of scikit-image's, and a strip of one."""
+    data = pytest.importorskip("skimage.data")
+    pictures = [data.chelsea(), data.coffee(), data.astronaut(), data.coffee()[190:230]]
+    return [PIL.Image.fromarray(pixels) for pixels in pictures]
+
+
+def original_tiles(image, p):
+    """The tiles in the way of the released code, with Pillow."""
+    height, width = p.resized
+    resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    tiles = [resized.crop((x, y, x + 448, y + 448)) for y, x in p.boxes]
+    if p.thumbnail:
+        tiles.append(image.resize((448, 448), PIL.Image.Resampling.BICUBIC))
+    return np.stack([np.asarray(tile) for tile in tiles])
+
+
+def patches_of(tiles, mean, std):
+    """Tiles ``[tiles, height, width, 3]`` of bytes, normalised, as a convolution reads them."""
+    values = (tiles / np.float32(255) - np.float32(mean)) / np.float32(std)
+    cut = values.reshape(len(tiles), 32, 14, 32, 14, 3).transpose(0, 1, 3, 5, 2, 4)
+    return torch.from_numpy(cut.reshape(-1, 588))
+
+
+def test_preprocess_is_the_originals_recipe():
+    images = photos()
+    plans = [plan(image.height, image.width, max_tiles=6) for image in images]
+    assert [p.tiles for p in plans] == [(2, 3), (2, 3), (1, 1), (1, 6)]
+    pixels, grid = preprocess(images, plans)
+    tiles = [original_tiles(image, p) for image, p in zip(images, plans, strict=True)]
+    want = patches_of(np.concatenate(tiles), internvl.IMAGENET_MEAN, internvl.IMAGENET_STD)
+    assert torch.equal(pixels, want)
+    assert grid.grid_thw.tolist() == [[1, 32, 32]] * sum(p.num_tiles for p in plans)
+    assert grid.spatial_merge_size == 1
+    assert grid.num_tokens == sum(p.vit_tokens for p in plans)
+
+
+def test_preprocess_matches_transformers():
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, "GotOcr2ImageProcessorPil", None)
+    if kind is None:
+        pytest.skip("this version has no image processor without torchvision")
+    processor = kind(
+        size={"height": 448, "width": 448},
+        crop_to_patches=True,
+        max_patches=6,
+        image_mean=list(internvl.IMAGENET_MEAN),
+        image_std=list(internvl.IMAGENET_STD),
+    )
+    images = photos()
+    want = processor(images=images, return_tensors="pt")
+    plans = [plan(image.height, image.width, max_tiles=6) for image in images]
+    assert want["num_patches"].tolist() == [p.num_tiles for p in plans]
+    pixels, _ = preprocess(images, plans)
+    tiles = want["pixel_values"].unfold(2, 14, 14).unfold(3, 14, 14)
+    assert torch.equal(pixels, tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, 588))
+
+
+def test_a_video_is_its_frames():
+    frames = [image.resize((100, 48)) for image in photos()[:2]]
+    pixels, grid = preprocess([frames])
+    assert grid.num_grids == 2
+    alone = [preprocess([frame], [plan(48, 100, max_tiles=1)])[0] for frame in frames]
+    assert torch.equal(pixels, torch.cat(alone))
+    # frames with tiles: every frame's thumbnail follows its tiles
+    video = plan_video(2, None, 48, 100, max_tiles=2)
+    pixels, grid = preprocess([frames], [video])
+    assert grid.num_grids == video.num_tiles == 6
+    alone = [preprocess([frame], [plan(48, 100, max_tiles=2)])[0] for frame in frames]
+    assert torch.equal(pixels, torch.cat(alone))
+
+
+def test_a_batch_is_its_images_in_order():
+    images = photos()
+    pixels, grid = preprocess(images)
+    alone = [preprocess([image])[0] for image in images]
+    assert torch.equal(pixels, torch.cat(alone))
+    # the default plan is that of one image alone in its sample
+    assert grid.num_grids == sum(plan(image.height, image.width).num_tiles for image in images)
+    empty, grid = preprocess([])
+    assert empty.shape == (0, 588)
+    assert grid.num_grids == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        ([np.zeros((8, 8, 3), np.uint8)], {"plans": [plan(8, 9)]}, ValueError, "plans[0], (1, 8, 9)"),
+        ([np.zeros((8, 8, 3), np.uint8)], {"plans": [None]}, TypeError, "plans[0] must be a Plan"),
+        ([np.zeros((8, 8, 3), np.uint8)], {"mean": (0, 0)}, ValueError, "mean and std must be one"),
+        ([np.zeros((8, 8, 3), np.uint8)], {"std": (0, 1, 1)}, ValueError, "std must be above 0"),
+        ([np.zeros((8, 8, 3), np.uint8)], {"dtype": torch.int32}, TypeError, "dtype must be one of"),
+        (
+            [np.zeros((8, 8, 3), np.uint8)] * 2,
+            {"plans": [plan(8, 8), plan(8, 8, patch_size=7)]},
+            ValueError,
+            "plans must share their patch size, got [7, 14]",
+        ),
+    ],
+)
+def test_preprocess_names_what_it_refuses(images, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        preprocess(images, **options)
+
+
+# Pixel-unshuffle and MLP -------------------------------------------------------------------------
+
+
+@golden("pixel_shuffle")
+def test_pixel_shuffle_is_the_originals(inputs, outputs):
+    shape = tuple(map(int, re.search(r"view\(([\d,]+)\)", inputs["x"])[1].split(",")))
+    images, rows, cols, channels = shape
+    assert (images, inputs["scale"]) == (1, 0.5)
+    x = torch.arange(float(math.prod(shape))).view(-1, channels)
+    order = PIXEL_SHUFFLE[inputs["ps_version"]]
+    y = patchpack.merge_tokens(
+        x, PackedGrid([(1, rows, cols)]), order=order, merge_size=2, impl="reference"
+    )
+    assert y.tolist() == torch.tensor(outputs["y"]).view(len(y), -1).tolist()
+    assert y.numel() == math.prod(outputs["shape"])
+
+
+def original_mlp1(vit, llm):
+    """The layers of the original, which a checkpoint's ``mlp1`` has the parameters of."""
+    layers = [nn.LayerNorm(4 * vit), nn.Linear(4 * vit, llm), nn.GELU(), nn.Linear(llm, llm)]
+    return nn.Sequential(*layers)
+
+
+def original_projection(x, mlp1, side, transpose):
+    """Tokens ``[tiles, side**2, C]`` in the way of the original, one tile after the other."""
+    tiles = x.view(len(x), side // 2, 2, side // 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
+    tiles = tiles.transpose(1, 2) if transpose else tiles
+    return mlp1(tiles.flatten(3).flatten(1, 2)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("ps_version", sorted(PIXEL_SHUFFLE))
+def test_a_projector_is_the_originals(ps_version):
+    mlp1 = original_mlp1(8, 12)
+    with torch.no_grad():
+        for parameter in mlp1.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    projector = Projector(8, 12, ps_version=ps_version)
+    projector.load_state_dict(mlp1.state_dict())
+    x = torch.randn(3, 36, 8)
+    got = projector(x.flatten(0, 1), PackedGrid([(1, 6, 6)] * 3), impl="reference")
+    torch.testing.assert_close(got, original_projection(x, mlp1, 6, ps_version == "v1"))
+
+
+def test_a_projector_names_what_it_refuses():
+    with pytest.raises(ValueError, match="ps_version must be one of 'v1', 'v2', got 'v3'"):
+        Projector(8, 12, ps_version="v3")
+    with pytest.raises(TypeError, match="vit_hidden_size must be an integer, got 8.5"):
+        Projector(8.5, 12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "p",
+    [
+        plan(90, 60, image_size=56, max_tiles=2),
+        plan_video(2, None, 90, 60, image_size=56),
+    ],
+    ids=["image", "video"],
+)
+def test_gradients_reach_the_tokens_and_the_projector(p, impl):
+    mlp1 = original_mlp1(8, 12)
+    projector = Projector(8, 12)
+    projector.load_state_dict(mlp1.state_dict())
+    x = torch.randn(p.num_tiles, 16, 8)
+    grad = torch.randn(p.llm_tokens, 12)
+    ours, originals = (x.clone().requires_grad_() for _ in range(2))
+    got = projector(ours.flatten(0, 1), PackedGrid(p.grids), impl=impl)
+    got.backward(grad)
+    want = original_projection(originals, mlp1, 4, False)
+    want.backward(grad)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(ours.grad, originals.grad)
+    for parameter, other in zip(projector.parameters(), mlp1.parameters(), strict=True):
+        assert parameter.grad.abs().sum() > 0
+        torch.testing.assert_close(parameter.grad, other.grad)
