@@ -131,9 +131,7 @@ def closest_in_plain_words(height, width, least, most):
         for c in range(1, most + 1)
         if least <= r * c <= most
     )
-    distances = {
-        (r, c): abs(Fraction(width, height) - Fraction(c, r)) for _, r, c in ratios
-    }
+    distances = {(r, c): abs(Fraction(width, height) - Fraction(c, r)) for _, r, c in ratios}
     near = min(distances.values())
     ties = [(r, c) for _, r, c in ratios if distances[r, c] == near]
     fits = [(r, c) for r, c in ties[1:] if 2 * height * width > 448**2 * r * c]
@@ -232,9 +230,7 @@ def original_indices(bound, fps, max_frame, num_segments):
     start, end = (-100000, 100000) if bound is None else bound
     first, last = max(0, round(start * fps)), min(round(end * fps), max_frame)
     size = float(last - first) / num_segments
-    return tuple(
-        int(first + size / 2 + np.round(size * i)) for i in range(num_segments)
-    )
+    return tuple(int(first + size / 2 + np.round(size * i)) for i in range(num_segments))
 
 
 @settings(max_examples=300)
@@ -395,16 +391,19 @@ def test_a_batch_is_its_images_in_order():
     assert grid.num_grids == 0
 
 
+SMALL_IMAGE = np.zeros((8, 8, 3), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("images", "options", "error", "message"),
     [
-        ([np.zeros((8, 8, 3), np.uint8)], {"plans": [plan(8, 9)]}, ValueError, "plans[0], (1, 8, 9)"),
-        ([np.zeros((8, 8, 3), np.uint8)], {"plans": [None]}, TypeError, "plans[0] must be a Plan"),
-        ([np.zeros((8, 8, 3), np.uint8)], {"mean": (0, 0)}, ValueError, "mean and std must be one"),
-        ([np.zeros((8, 8, 3), np.uint8)], {"std": (0, 1, 1)}, ValueError, "std must be above 0"),
-        ([np.zeros((8, 8, 3), np.uint8)], {"dtype": torch.int32}, TypeError, "dtype must be one of"),
+        ([SMALL_IMAGE], {"plans": [plan(8, 9)]}, ValueError, "plans[0], (1, 8, 9)"),
+        ([SMALL_IMAGE], {"plans": [None]}, TypeError, "plans[0] must be a Plan"),
+        ([SMALL_IMAGE], {"mean": (0, 0)}, ValueError, "mean and std must be one"),
+        ([SMALL_IMAGE], {"std": (0, 1, 1)}, ValueError, "std must be above 0"),
+        ([SMALL_IMAGE], {"dtype": torch.int32}, TypeError, "dtype must be one of"),
         (
-            [np.zeros((8, 8, 3), np.uint8)] * 2,
+            [SMALL_IMAGE] * 2,
             {"plans": [plan(8, 8), plan(8, 8, patch_size=7)]},
             ValueError,
             "plans must share their patch size, got [7, 14]",
@@ -462,7 +461,7 @@ def test_a_projector_is_the_originals(ps_version):
 def test_a_projector_names_what_it_refuses():
     with pytest.raises(ValueError, match="ps_version must be one of 'v1', 'v2', got 'v3'"):
         Projector(8, 12, ps_version="v3")
-    with pytest.raises(TypeError, match="vit_hidden_size must be an integer, got 8.5"):
+    with pytest.raises(TypeError, match=r"vit_hidden_size must be an integer, got 8\.5"):
         Projector(8.5, 12)
 
 

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision's plans, crops and tokens, against outputs of the original code and eager code."""
+"""LLaVA-OneVision's plans, crops and tokens, against outputs of the original code and its steps."""
 
 import json
 import math
@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from patchpack import PackedGrid, assemble
+from patchpack import assemble
 from patchpack.layout import FeatureMap, TokenLayout
-from patchpack.systems import llava_onevision
 from patchpack.systems.llava_onevision import (
     NEWLINES,
     POOLINGS,
@@ -137,7 +135,9 @@ def test_counts_are_those_of_transformers(height, width):
     from transformers.models.llava_onevision.processing_llava_onevision import (
         LlavaOnevisionProcessor as Processor,
     )
-    from transformers.models.llava_onevision.processing_llava_onevision import select_best_resolution
+    from transformers.models.llava_onevision.processing_llava_onevision import (
+        select_best_resolution,
+    )
 
     pinpoints = [(h, w) for w, h in OFFICIAL]
     p = plan(height, width)
@@ -215,7 +215,16 @@ def test_numpy_integers_are_as_good_as_pythons(kind):
                 "pinpoints must be like '(1x1),...,(6x6)' or pairs of width and height,"
                 f" got {pinpoints!r}",
             )
-            for pinpoints in ("", "1x1", "(2x2),(1x1)", [], 7, "[1, 2]", [(384, 384.0)], [(1, 2, 3)])
+            for pinpoints in (
+                "",
+                "1x1",
+                "(2x2),(1x1)",
+                [],
+                7,
+                "[1, 2]",
+                [(384, 384.0)],
+                [(1, 2, 3)],
+            )
         ),
         *(
             (
@@ -464,7 +473,9 @@ def test_a_layout_has_the_tokens_of_its_plans(sizes, frames):
 def test_pooling_is_the_originals(inputs, outputs):
     side = inputs["side"]
     assert inputs["stride"] == 2
-    p = plan_video(1, None, 48, 64, pooling=inputs["mode"], newline="no_token", image_size=14 * side)
+    p = plan_video(
+        1, None, 48, 64, pooling=inputs["mode"], newline="no_token", image_size=14 * side
+    )
     assert p.target_hw == (outputs["out_side"],) * 2
     tokens = torch.arange(float(side**2))[:, None]
     pooled = merge_patches(tokens, torch.zeros(1), [p], impl="reference")
@@ -522,3 +533,202 @@ def test_newlines_of_a_video_are_the_originals(inputs, outputs):
         got = merge_patches(maps.reshape(-1, 1), newline, [p], impl="reference")
         assert got.flatten().tolist() == outputs["seq"]
         assert got.numel() == math.prod(outputs["shape"])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "p",
+    [
+        plan(100, 150, **SMALL_PINPOINTS, max_tiles=2),
+        *(
+            plan_video(2, None, 48, 64, pooling=pooling, newline=newline, **SMALL)
+            for pooling, newline in zip(POOLINGS, ("grid", "frame", "one_token"), strict=True)
+        ),
+    ],
+    ids=["image", *(f"video, {pooling}" for pooling in POOLINGS)],
+)
+def test_gradients_reach_the_tokens_the_projector_and_the_newline(p, impl):
+    projector = Projector(6, 8)
+    x = torch.randn(p.vit_tokens, 6)
+    grad = torch.randn(p.llm_tokens, 8)
+    ours, originals = (x.clone().requires_grad_() for _ in range(2))
+    parameters = dict(projector.named_parameters())
+    assert list(parameters) == [
+        "image_newline",
+        *(f"mm_projector.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")),
+    ]
+    got = projector(ours, [p], impl=impl)
+    got_grads = torch.autograd.grad(got, [ours, *parameters.values()], grad)
+    want = original_tokens(projector.mm_projector(originals), projector.image_newline, p)
+    want_grads = torch.autograd.grad(want, [originals, *parameters.values()], grad)
+    torch.testing.assert_close(got, want)
+    for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        assert got_grad.abs().sum() > 0
+        torch.testing.assert_close(got_grad, want_grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tokens": [[1.0]]}, TypeError, "tokens must be a tensor, got list"),
+        (
+            {"tokens": torch.zeros(729, 2)},
+            ValueError,
+            "tokens must be the 1458 of plans, got [729, 2]",
+        ),
+        ({"tokens": torch.zeros(1458)}, ValueError, "tokens must have shape [*, *], got [1458]"),
+        ({"newline": torch.zeros(3)}, ValueError, "newline must have shape [2], got [3]"),
+        ({"newline": None}, ValueError, "vectors must have the 1 vectors of layout, got None"),
+        ({"newline": torch.zeros(2).double()}, TypeError, "vectors must have the dtype of tokens"),
+        ({"impl": "fast"}, ValueError, "impl must be"),
+    ],
+)
+def test_merge_patches_names_what_it_refuses(arguments, error, message):
+    given = {"tokens": torch.zeros(2, 729, 2), "newline": torch.zeros(2), "plans": [plan(384, 384)]}
+    with pytest.raises(error, match=re.escape(message)):
+        merge_patches(**{**given, **arguments})
+
+
+def test_without_newlines_none_is_needed():
+    plans = [plan(100, 384, unpad=False), plan_video(2, None, 48, 64, newline="no_token")]
+    tokens, newline = random_tokens(plans)
+    got = merge_patches(tokens, None, plans)
+    assert torch.equal(got, merge_patches(tokens, newline, plans))
+
+
+# Patches -----------------------------------------------------------------------------------------
+
+
+def photos():
+    """Photographs of several aspect ratios: three of scikit-image's, and a strip of one."""
+    data = pytest.importorskip("skimage.data")
+    pictures = [data.chelsea(), data.coffee(), data.astronaut(), data.coffee()[:, 190:230]]
+    return [PIL.Image.fromarray(pixels) for pixels in pictures]
+
+
+def original_crops(image, p):
+    """The crops in the way of the released code, with Pillow."""
+    bicubic = PIL.Image.Resampling.BICUBIC
+    if p.tiles is None:
+        if p.pooling is None:
+            side = max(image.size)
+            square = PIL.Image.new("RGB", (side, side), (127, 127, 127))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        return [image.resize((384, 384), bicubic)]
+    height, width = p.canvas
+    canvas = PIL.Image.new("RGB", (width, height), (0, 0, 0))
+    across, down = width / image.width, height / image.height
+    if across < down:
+        size = (width, min(math.ceil(image.height * across), height))
+    else:
+        size = (min(math.ceil(image.width * down), width), height)
+    resized = image.resize(size, bicubic)
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    crops = [
+        canvas.crop((x, y, x + 384, y + 384))
+        for y in range(0, height, 384)
+        for x in range(0, width, 384)
+    ]
+    return [image.resize((384, 384), bicubic), *crops]
+
+
+def patches_of(crops):
+    """Normalised as the original does, and read as the convolution of the vision transformer."""
+    values = np.stack([np.asarray(crop) for crop in crops]) / np.float32(255)
+    values = (values - np.float32(0.5)) / np.float32(0.5)
+    seen = torch.from_numpy(values).permute(0, 3, 1, 2)
+    return F.unfold(seen, 14, stride=14).mT.reshape(-1, 588)
+
+
+def test_preprocess_is_the_originals_recipe():
+    images = photos()
+    plans = [plan(image.height, image.width) for image in images]
+    assert [p.tiles for p in plans] == [(1, 2), (2, 2), (2, 2), (2, 1)]
+    plans[2] = plan(512, 512, num_images=2)
+    images.append(images[0])
+    plans.append(plan(images[0].height, images[0].width, num_images=2))
+    images.append([image.resize((64, 48)) for image in images[:2]])
+    plans.append(plan_video(2, None, 48, 64))
+    pixels, grid = preprocess(images, plans)
+    crops = [
+        crop
+        for image, p in zip(images, plans, strict=True)
+        for frame in (image if isinstance(image, list) else [image])
+        for crop in original_crops(frame, p)
+    ]
+    assert torch.equal(pixels, patches_of(crops))
+    assert grid.grid_thw.tolist() == [[1, 27, 27]] * sum(p.num_crops for p in plans)
+    assert grid.spatial_merge_size == 1
+    assert grid.num_tokens == sum(p.vit_tokens for p in plans)
+
+
+def test_preprocess_matches_transformers():
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, "LlavaOnevisionImageProcessorPil", None)
+    if kind is None:
+        pytest.skip("this version has no image processor without torchvision")
+    processor = kind(image_mean=[0.5] * 3, image_std=[0.5] * 3, do_pad=False)
+    images = photos()
+    # alone in their samples, and then two of one sample
+    want = processor(images=[[images[0]], [images[3]], images[1:3]], return_tensors="np")
+    plans = [plan(image.height, image.width) for image in (images[0], images[3])]
+    plans += [plan(image.height, image.width, num_images=2) for image in images[1:3]]
+    pixels, _ = preprocess([images[0], images[3], *images[1:3]], plans)
+    crops = torch.from_numpy(np.concatenate(list(want["pixel_values"])))
+    assert torch.equal(pixels, F.unfold(crops, 14, stride=14).mT.reshape(-1, 588))
+
+
+def test_padding_is_black_before_and_the_mean_beside():
+    white = PIL.Image.new("RGB", (384, 96), "white")
+    pixels, _ = preprocess([white])
+    view, crop = pixels.view(2, 27, 27, 588)
+    assert (view == 1).all()
+    assert (crop[:10] == -1).all()  # 144 rows above, and the filter's edge is sharp
+    assert (crop[11:17] == 1).all()
+    assert (crop[-9:] == -1).all()
+    (square,) = preprocess([white], [plan(96, 384, num_images=2)])[0].view(1, 27, 27, 588)
+    assert square[0].unique().tolist() == [pytest.approx(127 / 127.5 - 1)]
+    # the colour follows the mean
+    (square,) = preprocess(
+        [white], [plan(96, 384, num_images=2)], mean=(0.2, 0.4, 0.6), std=(1, 1, 1)
+    )[0].view(1, 27, 27, 588)
+    colors = square[0, 0].view(3, -1)[:, 0] + torch.tensor([0.2, 0.4, 0.6])
+    torch.testing.assert_close(colors * 255, torch.tensor([51.0, 102.0, 153.0]))
+
+
+def test_a_batch_is_its_images_in_order():
+    images = [*photos()[:2], [image.resize((64, 48)) for image in photos()[:2]]]
+    pixels, grid = preprocess(images)
+    alone = [preprocess([image])[0] for image in images]
+    assert torch.equal(pixels, torch.cat(alone))
+    default = [plan(image.height, image.width) for image in images[:2]]
+    default.append(plan_video(2, None, 48, 64))
+    assert grid.num_grids == sum(p.num_crops for p in default)
+    empty, grid = preprocess([])
+    assert empty.shape == (0, 588)
+    assert grid.num_grids == 0
+
+
+SMALL_IMAGE = np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        ([SMALL_IMAGE], {"plans": [plan(8, 9)]}, ValueError, "plans[0], (1, 8, 9)"),
+        ([SMALL_IMAGE], {"plans": [None]}, TypeError, "plans[0] must be a Plan"),
+        ([SMALL_IMAGE], {"mean": (0, 0)}, ValueError, "mean must have 3 numbers"),
+        ([SMALL_IMAGE], {"std": (0, 1, 1)}, ValueError, "std must be above 0"),
+        ([SMALL_IMAGE], {"dtype": torch.int32}, TypeError, "dtype must be one of"),
+        (
+            [SMALL_IMAGE] * 2,
+            {"plans": [plan(8, 8), plan(8, 8, patch_size=16)]},
+            ValueError,
+            "plans must share their patch size, got [14, 16]",
+        ),
+    ],
+)
+def test_preprocess_names_what_it_refuses(images, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        preprocess(images, **options)

@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -464,7 +464,7 @@ class Projector(nn.Sequential):
         Returns:
             ``[T / merge_size**2, llm_hidden_size]``, tile by tile.
         """
-        norm, *mlp = self
+        norm = cast("nn.LayerNorm", self[0])
         x = patchpack.merge_tokens(
             x,
             grid,
@@ -475,6 +475,6 @@ class Projector(nn.Sequential):
             eps=norm.eps,
             impl=impl,
         )
-        for layer in mlp:
+        for layer in self[1:]:
             x = layer(x)
         return x

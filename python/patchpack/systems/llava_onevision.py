@@ -10,9 +10,9 @@ Source: Li et al., "LLaVA-OneVision: Easy Visual Task Transfer", arXiv 2408.0332
 behaviour of the released code, LLaVA-VL/LLaVA-NeXT. Where the two differ the code is followed:
 the paper's limit on tokens includes the base view and is kept; the code's leaves out the base view
 and the newlines, and does nothing up to 1.21 times the limit, so that an image can take 8765 tokens
-where 7290 are documented. Not here are the merge types ``nobase`` and ``maxpool2x2``, fast and slow
-frames (``add_faster_video``, which cannot run), and the black image that the code runs through the
-vision transformer for every sample of text alone.
+where 7290 are documented. Not here are the merge types ``flat``, ``nobase`` and ``maxpool2x2``,
+fast and slow frames (``add_faster_video``, which cannot run), and the blank image that the code
+runs through the vision transformer for every sample of text alone.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Plan(_plan.Plan):
     height: int
     width: int
     tiles: tuple[int, int] | None
-    max_tiles: int | None = MAX_TILES
+    max_tiles: int | None = None
     unpad: bool = True
     image_size: int = 384
     patch_size: int = 14
@@ -256,6 +256,16 @@ class Plan(_plan.Plan):
         return 0
 
 
+def _one_crop(height: int, width: int, unpad: bool, image_size: int, patch_size: int) -> Plan:
+    height, width, image_size, patch_size = _check.whole(
+        height=height, width=width, image_size=image_size, patch_size=patch_size
+    )
+    _check.flags(unpad=unpad)
+    if patch_size > image_size:
+        raise ValueError(f"patch_size must be at most image_size={image_size}, got {patch_size}")
+    return Plan(height, width, None, None, unpad, image_size, patch_size)
+
+
 def plan(
     height: int,
     width: int,
@@ -293,24 +303,15 @@ def plan(
             column of the map is left, where the original resizes to nothing or fails.
         TypeError: A size or limit is not an integer, or ``unpad`` not a bool.
     """
-    height, width, num_images, image_size, patch_size = _check.whole(
-        height=height,
-        width=width,
-        num_images=num_images,
-        image_size=image_size,
-        patch_size=patch_size,
-    )
+    one = _one_crop(height, width, unpad, image_size, patch_size)
+    (num_images,) = _check.whole(num_images=num_images)
     if max_tiles is not None:
         (max_tiles,) = _check.whole(max_tiles=max_tiles)
-    _check.flags(unpad=unpad)
-    if patch_size > image_size:
-        raise ValueError(f"patch_size must be at most image_size={image_size}, got {patch_size}")
     resolutions = resolutions_of(pinpoints, image_size=image_size)
-    one = Plan(height, width, None, max_tiles, unpad, image_size, patch_size)
     if num_images > 1:
         return one
     h, w = select_best_resolution(height, width, resolutions)
-    p = replace(one, tiles=(h // image_size, w // image_size))
+    p = replace(one, tiles=(h // one.image_size, w // one.image_size), max_tiles=max_tiles)
     if min(*p.crop[2:], *p.target_hw) < 1:
         raise ValueError(
             f"height and width must leave at least one token a side, got {height} x {width},"
@@ -420,7 +421,9 @@ def plan_video(
         patch_size=patch_size,
     )
     if newline in ("frame", "grid") and not unpad:
-        raise ValueError(f"newline must be 'one_token' or 'no_token' without unpad, got {newline!r}")
+        raise ValueError(
+            f"newline must be 'one_token' or 'no_token' without unpad, got {newline!r}"
+        )
     if video_fps is None:
         (total_frames,) = _check.whole(total_frames=total_frames)
         indices = tuple(range(total_frames))
@@ -461,8 +464,8 @@ def preprocess(
     into the middle of a black canvas and cut into crops; before them comes a view of it all,
     squashed to one crop. One of several images is put on a square in the colour of ``mean`` and
     resized to one crop; a frame is squashed. Then all is scaled to 0..1, normalised and cut into
-    patches; pixels beyond the last whole patch, 6 at the right and bottom of 384, are left out. Runs
-    on the host and needs Pillow, of the extra ``demo``.
+    patches; pixels beyond the last whole patch, 6 at the right and bottom of 384, are left out.
+    Runs on the host and needs Pillow, of the extra ``demo``.
 
     Args:
         images: Images and videos. An image is a Pillow image with 8 bits a channel, a NumPy array
@@ -488,7 +491,7 @@ def preprocess(
         TypeError: An image, a plan or ``dtype`` is of no kind listed above, or ``images`` or
             ``plans`` is one alone.
     """
-    background = tuple(int(x * 255) for x in _images.three_numbers("mean", mean).tolist())
+    _images.three_numbers("mean", mean)
     clips, plans = _images.clips_of(images, plans, Plan, _default_plan)
     sizes = {p.patch_size for p in plans} or {14}
     if len(sizes) > 1:
@@ -498,15 +501,14 @@ def preprocess(
     for clip, p in zip(clips, plans, strict=True):
         size = p.image_size
         if p.tiles is None and p.pooling is None:
-            clip = [_on_square(frame, p, background) for frame in clip]
+            clip = [_on_square(image, p, mean) for image in clip]
         crops += _images.resized(clip, size, size)
         if p.tiles is not None:
             top, left, height, width = p.letterbox
+            (resized,) = _images.resized(clip, height, width)
             canvas = torch.zeros(3, *p.canvas, dtype=torch.uint8)
-            canvas[:, top : top + height, left : left + width] = _images.resized(
-                clip, height, width
-            )[0]
-            tiled = canvas.unfold(1, size, size).unfold(2, size, size)  # [3, rows, cols, size, size]
+            canvas[:, top : top + height, left : left + width] = resized
+            tiled = canvas.unfold(1, size, size).unfold(2, size, size)  # [3, rows, cols, ..]
             crops += tiled.flatten(1, 2).unbind(1)
     grid = PackedGrid([size for p in plans for size in p.grids])
     pixels = patchpack.patchify(
@@ -515,12 +517,12 @@ def preprocess(
     return pixels, grid
 
 
-def _on_square(image: PIL.Image.Image, p: Plan, color: tuple[int, ...]) -> PIL.Image.Image:
+def _on_square(image: PIL.Image.Image, p: Plan, mean: Sequence[float]) -> PIL.Image.Image:
     import PIL.ImageOps
 
     (top, left, _, _), (height, width) = p.letterbox, p.canvas
-    sides = (left, top, width - p.width - left, height - p.height - top)
-    return PIL.ImageOps.expand(image, sides, color)
+    border = (left, top, width - p.width - left, height - p.height - top)
+    return PIL.ImageOps.expand(image, border, tuple(int(x * 255) for x in mean))
 
 
 # From crops to language-model tokens -------------------------------------------------------------
