@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,6 +41,27 @@ def cell_to_token(row, col, num_cols, MERGE: tl.constexpr):
 
 
 @triton.jit
+def divide(a, b):
+    """``a / b`` rounded to nearest, without the branch for subnormal numbers of ``tl.div_rn``."""
+    inverse = tl.div_rn(1.0, b)
+    quotient = a * inverse
+    return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
+
+
+@triton.jit
+def locate(geometry_ptr, num_grids, search_steps, tokens, MERGE: tl.constexpr):
+    """Grid and frame of tokens, their place, row and column in the frame, and its sizes."""
+    grid = find_grid(geometry_ptr, num_grids, search_steps, tokens)
+    rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
+    cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
+    in_grid = (tokens - tl.load(geometry_ptr + grid * 3)).to(tl.int32)
+    frame = in_grid // (rows * cols)
+    in_frame = in_grid % (rows * cols)
+    row, col = token_to_cell(in_frame, cols, MERGE)
+    return grid, frame, in_frame, row, col, rows, cols
+
+
+@triton.jit
 def row_ptrs(ptr, rows, num_rows, stride_batch, stride_row, STRIDE_UNIT: tl.constexpr):
     """Where rows of a batch ``[B, num_rows, C]`` begin, counted through; fewer than 2**31."""
     batch, row = rows.to(tl.int32) // num_rows, rows.to(tl.int32) % num_rows
@@ -63,6 +85,36 @@ def stride_unit(*tensors: Tensor) -> int:
     """What divides all strides but the last: 8 elements, so that loads are wide, or 1."""
     strides = [stride for x in tensors for stride in x.stride()[:-1]]
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
+
+
+@triton.jit
+def block_to_token(
+    geometry_ptr, num_grids, search_steps, place, SIZE: tl.constexpr, MERGE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """The token at a place of another order: SIZE x SIZE blocks, each of them row by row.
+
+    Blocks follow each other frame by frame, within a frame by rows or by columns.
+    """
+    grid = find_grid(geometry_ptr, num_grids, search_steps, place)
+    first = tl.load(geometry_ptr + grid * 3)
+    rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
+    cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
+    in_frame = (place - first).to(tl.int32) % (rows * cols)
+    if BY_COLUMN:
+        block = in_frame // (SIZE * SIZE)
+        in_block = in_frame % (SIZE * SIZE)
+        row = block % (rows // SIZE) * SIZE + in_block // SIZE
+        col = block // (rows // SIZE) * SIZE + in_block % SIZE
+    else:
+        row, col = token_to_cell(in_frame, cols, SIZE)
+    return place - in_frame + cell_to_token(row, col, cols, MERGE)
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A small table of the CPU on ``device``, without waiting for it."""
+    pinned = table.pin_memory() if device.type == "cuda" else table
+    return pinned.to(device, non_blocking=True)
 
 
 def compiler_options() -> dict[str, Any]:
