@@ -17,7 +17,6 @@ from torch import nn
 
 import patchpack
 from patchpack import PackedGrid
-from patchpack.systems import internvl
 from patchpack.systems.internvl import (
     PIXEL_SHUFFLE,
     Projector,
@@ -324,9 +323,12 @@ def original_tiles(image, p):
     return np.stack([np.asarray(tile) for tile in tiles])
 
 
-def patches_of(tiles, mean, std):
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def patches_of(tiles):
     """Tiles ``[tiles, height, width, 3]`` of bytes, normalised, as a convolution reads them."""
-    values = (tiles / np.float32(255) - np.float32(mean)) / np.float32(std)
+    values = (tiles / np.float32(255) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     cut = values.reshape(len(tiles), 32, 14, 32, 14, 3).transpose(0, 1, 3, 5, 2, 4)
     return torch.from_numpy(cut.reshape(-1, 588))
 
@@ -337,8 +339,7 @@ def test_preprocess_is_the_originals_recipe():
     assert [p.tiles for p in plans] == [(2, 3), (1, 1), (1, 6)]
     pixels, grid = preprocess(images, plans)
     tiles = [original_tiles(image, p) for image, p in zip(images, plans, strict=True)]
-    want = patches_of(np.concatenate(tiles), internvl.IMAGENET_MEAN, internvl.IMAGENET_STD)
-    assert torch.equal(pixels, want)
+    assert torch.equal(pixels, patches_of(np.concatenate(tiles)))
     assert grid.grid_thw.tolist() == [[1, 32, 32]] * sum(p.num_tiles for p in plans)
     assert grid.spatial_merge_size == 1
     assert grid.num_tokens == sum(p.vit_tokens for p in plans)
@@ -353,8 +354,8 @@ def test_preprocess_matches_transformers():
         size={"height": 448, "width": 448},
         crop_to_patches=True,
         max_patches=6,
-        image_mean=list(internvl.IMAGENET_MEAN),
-        image_std=list(internvl.IMAGENET_STD),
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
     )
     images = photos()
     want = processor(images=images, return_tensors="pt")
