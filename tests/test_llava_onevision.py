@@ -698,12 +698,12 @@ def test_padding_is_black_before_and_the_mean_beside():
 
 
 def test_a_batch_is_its_images_in_order():
-    images = [*photos()[:2], [image.resize((64, 48)) for image in photos()[:2]]]
+    one, other, *_ = photos()
+    images = [one.resize((300, 200)), other, [image.resize((64, 48)) for image in (one, other)]]
     pixels, grid = preprocess(images)
     alone = [preprocess([image])[0] for image in images]
     assert torch.equal(pixels, torch.cat(alone))
-    default = [plan(image.height, image.width) for image in images[:2]]
-    default.append(plan_video(2, None, 48, 64))
+    default = [plan(200, 300), plan(other.height, other.width), plan_video(2, None, 48, 64)]
     assert grid.num_grids == sum(p.num_crops for p in default)
     empty, grid = preprocess([])
     assert empty.shape == (0, 588)

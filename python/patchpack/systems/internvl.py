@@ -464,7 +464,8 @@ class Projector(nn.Sequential):
         Returns:
             ``[T / merge_size**2, llm_hidden_size]``, tile by tile.
         """
-        norm = cast("nn.LayerNorm", self[0])
+        first, *mlp = self
+        norm = cast("nn.LayerNorm", first)
         x = patchpack.merge_tokens(
             x,
             grid,
@@ -475,6 +476,6 @@ class Projector(nn.Sequential):
             eps=norm.eps,
             impl=impl,
         )
-        for layer in self[1:]:
+        for layer in mlp:
             x = layer(x)
         return x
