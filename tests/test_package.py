@@ -20,19 +20,22 @@ SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/pa
 # what a layer may import besides the standard library and itself; the longest name applies
 LAYERS = {
     "patchpack.packing": "numpy torch",
-    "patchpack.reference": "torch patchpack.packing",
+    "patchpack.layout": "numpy torch patchpack.packing",
+    "patchpack.reference": "torch patchpack.layout patchpack.packing",
     "patchpack.kernels": "torch triton",
     "patchpack._check": "torch patchpack.packing",
     "patchpack._interpreter": "numpy torch triton patchpack._interpreter_arithmetic",
     "patchpack._interpreter_arithmetic": "numpy torch triton patchpack._interpreter",
     "patchpack._dispatch": "torch patchpack._interpreter",
-    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack.packing"
+    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack.layout"
+    " patchpack.packing patchpack.reference",
+    "patchpack.__init__": "patchpack._dispatch patchpack.layout patchpack.ops patchpack.packing"
     " patchpack.reference",
-    "patchpack.__init__": "patchpack._dispatch patchpack.ops patchpack.packing patchpack.reference",
-    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.packing",
+    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
+    " patchpack.packing",
     "patchpack.models": "torch patchpack patchpack._check patchpack.packing",
     "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
-    " patchpack.packing patchpack.reference",
+    " patchpack.layout patchpack.packing patchpack.reference",
     "patchpack.cli": "matplotlib numpy PIL rich skimage torch triton patchpack patchpack._dispatch"
     " patchpack.models patchpack.packing patchpack.systems patchpack.testing",
     "patchpack.__main__": "patchpack.cli",

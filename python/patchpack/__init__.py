@@ -2,10 +2,13 @@
 
 from patchpack import reference
 from patchpack._dispatch import available
+from patchpack.layout import TokenLayout
+from patchpack.ops.assemble import assemble
 from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.mrope import mrope
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
+from patchpack.ops.scatter_tokens import scatter_tokens
 from patchpack.ops.varlen_attention import varlen_attention
 from patchpack.packing import PackedGrid
 
@@ -13,11 +16,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PackedGrid",
+    "TokenLayout",
+    "assemble",
     "available",
     "interpolate_tokens",
     "mrope",
     "reference",
     "rope",
     "rope_2d",
+    "scatter_tokens",
     "varlen_attention",
 ]

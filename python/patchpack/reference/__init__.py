@@ -1,7 +1,9 @@
 """The specification: slow eager code, differentiable by autograd, in any floating dtype."""
 
+from patchpack.reference.assemble import assemble as assemble
 from patchpack.reference.interpolate_tokens import interpolate_tokens as interpolate_tokens
 from patchpack.reference.mrope import mrope as mrope
 from patchpack.reference.rope import rope as rope
 from patchpack.reference.rope_2d import rope_2d as rope_2d
+from patchpack.reference.scatter_tokens import scatter_tokens as scatter_tokens
 from patchpack.reference.varlen_attention import varlen_attention as varlen_attention
