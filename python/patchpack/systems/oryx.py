@@ -13,11 +13,16 @@ released scripts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from patchpack import _check
+from patchpack import _check, assemble, interpolate_tokens, region_attention
+from patchpack.layout import FeatureMap, TokenLayout, Vector
+from patchpack.packing import PackedGrid
 from patchpack.systems import _plan
 
 PATCH_SIZE = 16
@@ -35,6 +40,12 @@ LOW_SIDE = 384
 MAX_FRAMES = {"video": 64, "video_long": 256}
 # most tokens of a sequence, text included
 MAX_TOKENS = 16_384
+# side of the learned table of positions, in patches
+TABLE_SIDE = 128
+# channels in which a query and a key are compared
+SCORE_CHANNELS = 256
+# where the learned vectors are among those that layout() names
+NEWLINE, BEGIN, END, SEPARATOR = range(4)
 
 
 # Arbitrary resolution ----------------------------------------------------------------------------
@@ -226,3 +237,205 @@ def plan_video(
             f" got {height} x {width}, resized to {high[0]} x {high[1]}"
         )
     return Plan(height, width, modality, size, high, frame_indices=indices)
+
+
+# On-demand compression ---------------------------------------------------------------------------
+
+
+class DynamicCompressor(nn.Module):
+    """Makes one token of every region of patches: their mean, plus what it attends to among them.
+
+    The mean is the query, the patches of the region are keys and, as they are, values. A region of
+    one patch is therefore twice that patch, exactly, and none of the weights matters. Parameters
+    are named as in the original. What the bias of the keys adds to all scores of a region changes
+    no softmax: it is there for the checkpoint alone and gets no gradient, where the original's is
+    zero.
+
+    Scores are linear in the patches, so the query is projected to their channels, instead of every
+    patch to the query's: for 4 or 16 patches a token that is less to compute by as much.
+
+    Args:
+        channels: ``C``, channels of a patch.
+        impl: How its ops run: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the
+            device. An attribute, which may change at any time.
+    """
+
+    def __init__(self, channels: int = 1152, *, impl: str | None = None) -> None:
+        super().__init__()
+        self.impl = impl
+        self.vlm_query_projector = nn.Linear(channels, SCORE_CHANNELS)
+        self.vlm_key_projector = nn.Linear(channels, SCORE_CHANNELS)
+
+    def forward(self, x: Tensor, grid: PackedGrid, region: int) -> tuple[Tensor, PackedGrid]:
+        """Compress the maps of packed images or frames.
+
+        Args:
+            x: Patches as the vision transformer leaves them, ``[T, C]``.
+            grid: Which maps they are, on the device of ``x``.
+            region: Side of the region that becomes one token: 1, 2 or 4 in Oryx.
+
+        Returns:
+            Tokens ``[T / region^2, C]`` and their grid. Differentiable in ``x`` and the weights.
+
+        Raises:
+            ValueError: ``region`` divides not all rows and columns, or a shape or device does not
+                fit.
+            TypeError: An argument has the wrong type.
+        """
+        (region,) = _check.whole(region=region)
+        _check.grid_of("x", x, grid)
+        if region == 1:
+            return 2 * x, grid
+        sides = grid.grid_thw[:, 1:]
+        for rows, cols in sides[(sides % region).any(dim=1)][:1].tolist():
+            raise ValueError(
+                f"grid must have rows and columns that divide by region={region},"
+                f" got {rows} x {cols}"
+            )
+        pooled, merged = interpolate_tokens(
+            x, grid, sides // region, mode="area", impl=self.impl
+        )  # [T / region^2, C]
+        query = self.vlm_query_projector(pooled) @ self.vlm_key_projector.weight
+        scale = SCORE_CHANNELS**-0.5
+        out = region_attention(query, x, grid, region, softmax_scale=scale, impl=self.impl)
+        return out, merged
+
+
+# The sequence ------------------------------------------------------------------------------------
+
+
+def layout(plans: Iterable[Plan], *, device: torch.device | str | None = None) -> TokenLayout:
+    """The order of compressed maps, newlines and separators in the language model's sequence.
+
+    Every row ends with a newline. An image is begin, low view, separator, high view, end; a video
+    is begin, then every frame with a separator after it, then end.
+
+    Args:
+        plans: What the images and videos became; the sequence has all of them, in this order.
+        device: Where the layout lives; by default the CPU.
+
+    Returns:
+        The layout for ``patchpack.assemble``. Its tokens are the maps of ``Plan.maps``, one after
+        the other, its vectors those of ``SimpleMlp``.
+
+    Raises:
+        TypeError: There is something else than plans.
+    """
+    parts, first = [], 0
+    for p in _listed(plans):
+        parts.append(Vector(BEGIN))
+        for i, (h, w) in enumerate((h, w) for t, h, w in p.maps for _ in range(t)):
+            parts.append(FeatureMap(first, (h, w), newline=NEWLINE))
+            first += h * w
+            if p.modality != "image" or i == 0:
+                parts.append(Vector(SEPARATOR))
+        parts.append(Vector(END))
+    return TokenLayout(parts, device=device)
+
+
+def _listed(plans: Iterable[Plan]) -> list[Plan]:
+    if not isinstance(plans, Iterable):
+        raise TypeError(f"plans must be a sequence of plans, got {type(plans).__name__}")
+    plans = list(plans)
+    for i, p in enumerate(plans):
+        if not isinstance(p, Plan):
+            raise TypeError(f"plans[{i}] must be a Plan, got {type(p).__name__}")
+    return plans
+
+
+class SimpleMlp(nn.Module):
+    """Projects tokens to the language model's channels and puts them in sequence.
+
+    The original's ``simple_mlp_twoview``, with its names of parameters, for a batch of any images
+    and videos. The original also adds 0 times a projected black image to every video, which is how
+    it uses all parameters in every step; that is left out.
+
+    Args:
+        in_channels: Channels of a compressed token.
+        out_channels: Channels of the language model.
+        impl: As in ``DynamicCompressor``.
+    """
+
+    def __init__(
+        self, in_channels: int = 1152, out_channels: int = 3584, *, impl: str | None = None
+    ) -> None:
+        super().__init__()
+        self.impl = impl
+        self.proj = nn.Sequential(
+            nn.Linear(in_channels, out_channels),
+            nn.GELU(),
+            nn.Linear(out_channels, out_channels),
+        )
+        std = out_channels**-0.5
+        self.image_newline = nn.Parameter(torch.randn(out_channels) * std)
+        self.image_begin = nn.Parameter(torch.randn(out_channels) * std)
+        self.image_end = nn.Parameter(torch.randn(out_channels) * std)
+        self.image_sep = nn.Parameter(torch.randn(out_channels) * std)
+
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Project ``x`` ``[N, in_channels]`` and follow ``layout``: ``[L, out_channels]``.
+
+        Args:
+            x: Compressed tokens, those of ``Plan.maps``.
+            layout: What ``layout`` gives, on the device of ``x``.
+
+        Returns:
+            The sequence. Differentiable in ``x`` and the weights.
+
+        Raises:
+            ValueError: A shape or a device does not fit.
+            TypeError: An argument has the wrong type.
+        """
+        x = self.proj(x)
+        # in the order of NEWLINE, BEGIN, END, SEPARATOR
+        vectors = [self.image_newline, self.image_begin, self.image_end, self.image_sep]
+        return assemble(x, torch.stack(vectors).to(x.dtype), layout, impl=self.impl)
+
+
+class TokenPath(nn.Module):
+    """All of Oryx between the vision transformer and the language model.
+
+    Parameters are named as in the original's model.
+
+    Args:
+        in_channels: Channels of the vision transformer.
+        out_channels: Channels of the language model.
+        impl: As in ``DynamicCompressor``, of both its parts.
+    """
+
+    def __init__(
+        self, in_channels: int = 1152, out_channels: int = 3584, *, impl: str | None = None
+    ) -> None:
+        super().__init__()
+        self.vision_resampler = DynamicCompressor(in_channels, impl=impl)
+        self.mm_projector = SimpleMlp(in_channels, out_channels, impl=impl)
+
+    def forward(self, x: Tensor, plans: Sequence[Plan]) -> Tensor:
+        """From packed patches to the sequence of the language model.
+
+        Args:
+            x: Patches as the vision transformer leaves them, ``[T, in_channels]``, those of
+                ``Plan.grids`` one after the other.
+            plans: What the images and videos became.
+
+        Returns:
+            Tokens, ``[L, out_channels]``: ``Plan.llm_tokens`` of each plan, one after the other.
+            Where a sequence would be longer than ``MAX_TOKENS`` nothing is cut.
+
+        Raises:
+            ValueError: ``x`` has not the patches of ``plans``.
+            TypeError: An argument has the wrong type.
+        """
+        plans = _listed(plans)
+        sizes = [p.vit_tokens for p in plans]
+        _check.shape("x", x, sum(sizes), self.mm_projector.proj[0].in_features)
+        tokens = [x[:0]] * len(plans)
+        pieces = x.split(sizes)
+        for region in sorted({p.region for p in plans}):  # one launch for all of a region
+            of = [i for i, p in enumerate(plans) if p.region == region]
+            grid = PackedGrid([g for i in of for g in plans[i].grids], device=x.device)
+            same = x if len(of) == len(plans) else torch.cat([pieces[i] for i in of])
+            same, _ = self.vision_resampler(same, grid, region)
+            for i, piece in zip(of, same.split([sizes[i] // region**2 for i in of]), strict=True):
+                tokens[i] = piece
+        return self.mm_projector(torch.cat([x[:0], *tokens]), layout(plans, device=x.device))
