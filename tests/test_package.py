@@ -21,14 +21,15 @@ SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/pa
 LAYERS = {
     "patchpack.packing": "numpy torch",
     "patchpack.layout": "numpy torch patchpack.packing",
-    "patchpack.reference": "torch patchpack.layout patchpack.packing",
-    "patchpack.kernels": "torch triton",
+    "patchpack._resampling": "numpy torch",
+    "patchpack.reference": "torch patchpack.layout patchpack.packing patchpack._resampling",
+    "patchpack.kernels": "torch triton patchpack._resampling",
     "patchpack._check": "torch patchpack.packing",
     "patchpack._interpreter": "numpy torch triton patchpack._interpreter_arithmetic",
     "patchpack._interpreter_arithmetic": "numpy torch triton patchpack._interpreter",
     "patchpack._dispatch": "torch patchpack._interpreter",
-    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack.layout"
-    " patchpack.packing patchpack.reference",
+    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack._resampling"
+    " patchpack.layout patchpack.packing patchpack.reference",
     "patchpack.__init__": "patchpack._dispatch patchpack.layout patchpack.ops patchpack.packing"
     " patchpack.reference",
     "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"

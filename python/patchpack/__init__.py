@@ -6,6 +6,8 @@ from patchpack.layout import TokenLayout
 from patchpack.ops.assemble import assemble
 from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.mrope import mrope
+from patchpack.ops.patchify import patchify
+from patchpack.ops.resize_images import resize_images
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
 from patchpack.ops.scatter_tokens import scatter_tokens
@@ -21,7 +23,9 @@ __all__ = [
     "available",
     "interpolate_tokens",
     "mrope",
+    "patchify",
     "reference",
+    "resize_images",
     "rope",
     "rope_2d",
     "scatter_tokens",
