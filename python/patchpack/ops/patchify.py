@@ -88,8 +88,7 @@ def patchify(
     for name, image in named.items():
         if image.shape[-3] != len(mean):
             raise ValueError(
-                f"{name} must have a channel for each of {len(mean)} means, got"
-                f" {list(image.shape)}"
+                f"{name} must have a channel for each of {len(mean)} means, got {list(image.shape)}"
             )
         frames = image.shape[0] if image.ndim == 4 else 1
         sizes.append(

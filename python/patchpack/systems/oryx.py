@@ -1,9 +1,10 @@
 """Oryx: native resolution twice for an image, and one compressor of every length of video.
 
 In the order of the paper: arbitrary resolution (``plan``: a high view near the image's own size and
-a low one made of it, floored to a stride), sampled frames (``plan_video``), patches
-(``preprocess``), and on-demand compression by 1, 4 or 16 (``DynamicCompressor``), projected
-(``SimpleMlp``) and laid out as one sequence (``layout``).
+a low one made of it, floored to a stride), sampled frames (``plan_video``), patches and their
+positions (``preprocess``, ``add_position``), on-demand compression by 1, 4 or 16
+(``DynamicCompressor``), and projection into one sequence (``SimpleMlp``, in the order of
+``layout``). The transformer's own last norm is skipped, as in the original.
 
 Source: Liu et al., "Oryx MLLM: On-Demand Spatial-Temporal Understanding at Arbitrary Resolution",
 arXiv 2409.12961, with the behaviour of the released code, Oryx-mllm/Oryx, under the settings of its
@@ -15,16 +16,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patchpack import _check, assemble, interpolate_tokens, region_attention
+from patchpack import (
+    _check,
+    add_pos_embed,
+    assemble,
+    interpolate_tokens,
+    patchify,
+    region_attention,
+)
 from patchpack.layout import FeatureMap, TokenLayout, Vector
 from patchpack.packing import PackedGrid
-from patchpack.systems import _plan
+from patchpack.systems import _images, _plan
 
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from patchpack.systems._images import Image
+
+MEAN = STD = (0.5, 0.5, 0.5)
 PATCH_SIZE = 16
 # sides are whole multiples of it, in pixels
 STRIDE = {"image": 32, "video": 64, "video_long": 128}
@@ -239,6 +254,90 @@ def plan_video(
     return Plan(height, width, modality, size, high, frame_indices=indices)
 
 
+# Patches -----------------------------------------------------------------------------------------
+
+
+def _default_plan(num_frames: int | None, height: int, width: int) -> Plan:
+    if num_frames is None:
+        return plan(height, width)
+    return plan_video(num_frames, None, height, width, frames_upbound=num_frames)
+
+
+def preprocess(
+    images: Iterable[Image | Sequence[Image]],
+    plans: Iterable[Plan] | None = None,
+    *,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, PackedGrid]:
+    """Images and videos of different sizes to one packed sequence of normalised patches.
+
+    Each frame becomes 8-bit RGB (transparency on white), is resized with Pillow's bicubic filter,
+    scaled to 0..1, normalised, and cut into patches; all views of all images are one sequence,
+    where the original packs the low views alone and encodes the high ones one by one. Runs on the
+    host and needs Pillow, of the extra ``demo``.
+
+    Args:
+        images: Images and videos. An image is a Pillow image with 8 bits a channel, a NumPy array
+            ``[height, width, channels]`` or ``[height, width]``, or a CPU tensor
+            ``[channels, height, width]`` or ``[height, width]``, with 1, 3 or 4 channels, uint8, or
+            floating in 0..1 and then rounded to 8 bits. A video is a sequence of images, or an
+            array or tensor with the frames in front: the frames that its plan names.
+        plans: What becomes of each; by default ``plan`` of an image's size, and ``plan_video`` of
+            all frames of a video.
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel, likewise.
+        dtype: Dtype of the patches, floating; computed in float32 and rounded once.
+
+    Returns:
+        The patches, ``[T, 3 * 16**2]`` on the CPU, whose columns run over channel, row and column,
+        and their grid, in raster order with one attention segment a view or frame: of an image the
+        low view, then the high one.
+
+    Raises:
+        ValueError: An image does not fit its plan or the shapes above, floats leave 0..1, their
+            number is not that of images, or ``mean`` or ``std`` does not fit.
+        TypeError: An image, a plan or ``dtype`` is of no kind listed above, or ``images`` or
+            ``plans`` is one alone.
+    """
+    clips, plans = _images.clips_of(images, plans, Plan, _default_plan)
+    grid = PackedGrid([g for p in plans for g in p.grids])
+    views = []
+    for clip, p in zip(clips, plans, strict=True):
+        if p.low is not None:
+            clip = _resized(_resized(clip, p.enlarged), p.high)  # a step at a time, in bytes
+            views.append(_images.resized(clip, *p.low))
+        views.append(_images.resized(clip, *p.high))
+    return patchify(views, grid, patch_size=PATCH_SIZE, mean=mean, std=std, dtype=dtype), grid
+
+
+def _resized(clip: list[PIL.Image.Image], size: tuple[int, int]) -> list[PIL.Image.Image]:
+    height, width = size
+    return [frame.resize((width, height)) for frame in clip]  # bicubic
+
+
+def add_position(x: Tensor, table: Tensor, grid: PackedGrid, *, impl: str | None = None) -> Tensor:
+    """Add the learned position of every patch, from one table resized to every view or frame.
+
+    Args:
+        x: Embedded patches, ``[T, C]``.
+        table: Learned embeddings of 128 x 128 patches, ``[128, 128, C]``, or ``[1, 16384, C]`` as
+            the original stores it; resized bilinearly, without antialiasing.
+        grid: Which views and frames the patches are, on the device of ``x``.
+        impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
+
+    Returns:
+        The sum, ``[T, C]``, dtype of ``x``. Differentiable in ``x`` and ``table``.
+
+    Raises:
+        ValueError: A shape or a device does not fit.
+        TypeError: An argument has the wrong type.
+    """
+    table = table.reshape(TABLE_SIDE, TABLE_SIDE, -1)
+    return add_pos_embed(x, table, grid, impl=impl)
+
+
 # On-demand compression ---------------------------------------------------------------------------
 
 
@@ -429,13 +528,18 @@ class TokenPath(nn.Module):
         plans = _listed(plans)
         sizes = [p.vit_tokens for p in plans]
         _check.shape("x", x, sum(sizes), self.mm_projector.proj[0].in_features)
-        tokens = [x[:0]] * len(plans)
-        pieces = x.split(sizes)
-        for region in sorted({p.region for p in plans}):  # one launch for all of a region
-            of = [i for i, p in enumerate(plans) if p.region == region]
-            grid = PackedGrid([g for i in of for g in plans[i].grids], device=x.device)
-            same = x if len(of) == len(plans) else torch.cat([pieces[i] for i in of])
-            same, _ = self.vision_resampler(same, grid, region)
-            for i, piece in zip(of, same.split([sizes[i] // region**2 for i in of]), strict=True):
-                tokens[i] = piece
-        return self.mm_projector(torch.cat([x[:0], *tokens]), layout(plans, device=x.device))
+        regions = {p.region for p in plans}
+        if len(regions) == 1:
+            grid = PackedGrid([g for p in plans for g in p.grids], device=x.device)
+            x, _ = self.vision_resampler(x, grid, *regions)
+        else:
+            pieces = list(x.split(sizes))
+            for region in regions:  # a launch for all of a region
+                of = [i for i, p in enumerate(plans) if p.region == region]
+                grid = PackedGrid([g for i in of for g in plans[i].grids], device=x.device)
+                same, _ = self.vision_resampler(torch.cat([pieces[i] for i in of]), grid, region)
+                lengths = [sizes[i] // region**2 for i in of]
+                for i, piece in zip(of, same.split(lengths), strict=True):
+                    pieces[i] = piece
+            x = torch.cat([x[:0], *pieces])
+        return self.mm_projector(x, layout(plans, device=x.device))

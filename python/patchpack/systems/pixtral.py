@@ -1,7 +1,7 @@
 """Pixtral: images at their own resolution and aspect, with a token at the end of every row.
 
 In the order of the paper: sizes (``plan``), patches (``preprocess``), two-dimensional rotary
-position embedding (``rope_2d``), and break and end tokens between the rows (``vision_tokens``).
+position embedding (``rotate``), and break and end tokens between the rows (``vision_tokens``).
 
 Source: Agrawal et al., "Pixtral 12B", arXiv 2410.07073, with the behaviour of the Pixtral classes
 of transformers. Mistral's own processor, mistral-common, rounds a shrunk size to the nearest pixel
@@ -11,14 +11,26 @@ where transformers floors it, and resizes without antialiasing.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from patchpack import _check
-from patchpack.systems import _plan
+import torch
+from torch import Tensor
+
+from patchpack import _check, patchify, rope_2d
+from patchpack.packing import PackedGrid
+from patchpack.systems import _images, _plan
+
+if TYPE_CHECKING:
+    from patchpack.systems._images import Image
 
 IMG = 10
 IMG_BREAK = 12
 IMG_END = 13
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # Resolution and aspect ---------------------------------------------------------------------------
@@ -90,6 +102,79 @@ def plan(height: int, width: int, *, longest_edge: int = 1024, patch_size: int =
         )
     rows, cols = ((side - 1) // patch_size + 1 for side in size)
     return Plan(height, width, (rows * patch_size, cols * patch_size), patch_size)
+
+
+# Patches -----------------------------------------------------------------------------------------
+
+
+def _default_plan(num_frames: int | None, height: int, width: int) -> Plan:
+    if num_frames is not None:
+        raise ValueError(f"images must be single images, got a video of {num_frames} frames")
+    return plan(height, width)
+
+
+def preprocess(
+    images: Iterable[Image],
+    plans: Iterable[Plan] | None = None,
+    *,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, PackedGrid]:
+    """Images of different sizes to one packed sequence of normalised patches.
+
+    Each image becomes 8-bit RGB (transparency on white), is resized with Pillow's bicubic filter,
+    scaled to 0..1, normalised, and cut into patches. Runs on the host and needs Pillow, of the
+    extra ``demo``.
+
+    Args:
+        images: Images: a Pillow image with 8 bits a channel, a NumPy array ``[height, width,
+            channels]`` or ``[height, width]``, or a CPU tensor ``[channels, height, width]`` or
+            ``[height, width]``, with 1, 3 or 4 channels, uint8, or floating in 0..1 and then
+            rounded to 8 bits.
+        plans: What becomes of each; by default ``plan`` of its size.
+        mean: Mean of each channel, in 0..1; by default CLIP's.
+        std: Standard deviation of each channel, likewise.
+        dtype: Dtype of the patches, floating; computed in float32 and rounded once.
+
+    Returns:
+        The patches, ``[T, 3 * patch_size**2]`` on the CPU, whose columns run over channel, row and
+        column, and their grid, in raster order.
+
+    Raises:
+        ValueError: An image does not fit its plan or the shapes above, floats leave 0..1, plans
+            differ in their patch size, or their number is not that of images, or ``mean`` or
+            ``std`` does not fit.
+        TypeError: An image, a plan or ``dtype`` is of no kind listed above, or ``images`` or
+            ``plans`` is one alone.
+    """
+    clips, plans = _images.clips_of(images, plans, Plan, _default_plan)
+    patch_size = _plan.shared(plans, "patch_size", 16)
+    grid = PackedGrid([g for p in plans for g in p.grids])
+    resized = [_images.resized(clip, *p.resized) for clip, p in zip(clips, plans, strict=True)]
+    return patchify(resized, grid, patch_size=patch_size, mean=mean, std=std, dtype=dtype), grid
+
+
+# Positions ---------------------------------------------------------------------------------------
+
+
+def rotate(
+    q: Tensor, k: Tensor, grid: PackedGrid, *, interleaved: bool = False, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding: even frequencies turn with the row, odd ones with the column.
+
+    Args:
+        q: Queries, ``[T, H, D]``: see ``patchpack.rope_2d``.
+        k: Keys, likewise.
+        grid: Which images the tokens are.
+        interleaved: For Mistral's weights, whose pairs are neighbouring channels; those of
+            transformers are permuted to halves.
+        impl: As in ``patchpack.rope_2d``.
+
+    Returns:
+        The rotated ``q`` and ``k``.
+    """
+    return rope_2d(q, k, grid, axes="even_odd", interleaved=interleaved, impl=impl)
 
 
 # Rows --------------------------------------------------------------------------------------------
