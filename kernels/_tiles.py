@@ -4,17 +4,18 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.target_info import current_target
 
 
 @triton.jit
-def find_grid(geometry_ptr, num_grids, search_steps, tokens):
+def find_grid(geometry_ptr, num_grids, search_steps, tokens, COLUMNS: tl.constexpr = 3):
     """Index of the grid that holds each token: a binary search of ``geometry[:, 0]``."""
     low = tl.zeros_like(tokens).to(tl.int32)
     high = low + (num_grids - 1)
     for _ in range(search_steps):
         middle = (low + high + 1) // 2
-        first = tl.load(geometry_ptr + middle.to(tl.int64) * 3)
+        first = tl.load(geometry_ptr + middle.to(tl.int64) * COLUMNS)
         low = tl.where(first <= tokens, middle, low)
         high = tl.where(first <= tokens, high, middle - 1)
     return low
@@ -36,6 +37,32 @@ def cell_to_token(row, col, num_cols, MERGE: tl.constexpr):
     """The inverse of ``token_to_cell``."""
     block = (row // MERGE) * (num_cols // MERGE) + col // MERGE
     return block * (MERGE * MERGE) + (row % MERGE) * MERGE + col % MERGE
+
+
+@triton.jit
+def row_ptrs(ptr, rows, num_rows, stride_batch, stride_row, STRIDE_UNIT: tl.constexpr):
+    """Where rows of a batch ``[B, num_rows, C]`` begin, counted through; fewer than 2**31."""
+    batch, row = rows.to(tl.int32) // num_rows, rows.to(tl.int32) % num_rows
+    offsets = batch.to(tl.int64) * stride_batch + row.to(tl.int64) * stride_row
+    return ptr + offsets * STRIDE_UNIT
+
+
+def row_tiles(num_rows: int, num_channels: int) -> tuple[tuple[int], int, int]:
+    """Tiles of at most 4096 elements: how many there are, and the rows and channels of one."""
+    block_c = min(triton.next_power_of_2(num_channels), 128)
+    block_r = min(4096 // block_c, 128)  # one row a thread
+    return (triton.cdiv(num_rows, block_r) * triton.cdiv(num_channels, block_c),), block_r, block_c
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """``x``, copied only if its last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def stride_unit(*tensors: Tensor) -> int:
+    """What divides all strides but the last: 8 elements, so that loads are wide, or 1."""
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
 def compiler_options() -> dict[str, Any]:

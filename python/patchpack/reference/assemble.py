@@ -23,6 +23,7 @@ from patchpack.layout import FeatureMap, TokenLayout
 def assemble(tokens: Tensor, vectors: Tensor | None, layout: TokenLayout) -> Tensor:
     """Write the parts of ``layout`` one after the other: ``[num_tokens, C]``."""
     tokens = tokens.flatten(0, -2)
+    vectors = tokens[:0] if vectors is None else vectors
     parts = [tokens[:0]]
     for part in layout.parts:
         if isinstance(part, FeatureMap):

@@ -7,6 +7,7 @@ one. Sizes are ``(t, h, w)`` in patches; ``(0, 0, 0)`` stands for no image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 import patchpack
-from patchpack import reference
+from patchpack import TokenLayout, reference
+from patchpack.layout import FeatureMap, Vector
 from patchpack.packing import PackedGrid
 
 Inputs = dict[str, Any]
@@ -64,12 +66,14 @@ def cat_grids(grids: Sequence[PackedGrid]) -> PackedGrid:
 
 
 def _pack(images: Sequence[Inputs], *, along: dict[str, int]) -> Inputs:
-    """Join tensors along the dimension ``along`` names for them, and grids; the rest is shared."""
+    """Join tensors along the dimension that ``along`` names, grids and layouts; share the rest."""
     packed = dict(images[0])
     for name, dim in along.items():
         packed[name] = torch.cat([image[name] for image in images], dim=dim)
     if "grid" in packed:
         packed["grid"] = cat_grids([image["grid"] for image in images])
+    if "layout" in packed:
+        packed["layout"] = TokenLayout.cat([image["layout"] for image in images])
     return packed
 
 
@@ -393,10 +397,151 @@ _INTERPOLATE_TOKENS = Spec(
 )
 
 
+# --------------------------------------------------------------------------------------- assemble
+
+
+def _assemble_images(
+    sizes, dtype, device, seed, parts, channels=16, vectors=2, spare=0
+) -> list[Inputs]:
+    """``parts(t, h, w)`` are those of an image of ``t`` tiles of ``h x w`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    learned = _random(generator, vectors, channels, dtype=dtype, device=device)
+    images = []
+    for size in sizes:
+        layout = TokenLayout(parts(*size) if all(size) else [], device=device)
+        tokens = layout.num_source_tokens + spare
+        images.append(
+            {
+                "tokens": _random(generator, tokens, channels, dtype=dtype, device=device),
+                "vectors": learned if vectors else None,
+                "layout": layout,
+            }
+        )
+    return images
+
+
+def _assemble_tiles(**options) -> list[Inputs]:
+    """Tokens as an encoder of tiles leaves them: ``[tiles, n, C]``."""
+    images = _assemble_images(**options)
+    for (_, h, w), image in zip(options["sizes"], images, strict=True):
+        image["tokens"] = image["tokens"].unflatten(0, (-1, h * w or 1))
+    return images
+
+
+def _anyres(t: int, h: int, w: int) -> list[FeatureMap]:
+    """A view of the whole, and ``t`` tiles beside each other, cropped and made smaller."""
+    crop = (1, 0, h - 1, t * w) if h > 1 else None
+    target = (max(h - 2, 1), max(t * w - 3, 1))
+    tiles = FeatureMap(h * w, (h, w), (1, t), crop, target, newline=0)
+    return [FeatureMap(0, (h, w)), tiles]
+
+
+def _two_views(t: int, h: int, w: int) -> list[FeatureMap | Vector]:
+    """A small map and frames between learned vectors; the frames' tokens come first."""
+    frames = [FeatureMap(i * h * w, (h, w), newline=0) for i in range(t)]
+    small = FeatureMap(t * h * w, (2, 1), newline=0)
+    return [Vector(1), small, *(x for frame in frames for x in (Vector(3), frame)), Vector(1)]
+
+
+def _tall(t: int, h: int, w: int) -> list[FeatureMap]:
+    """Tiles in two columns, cropped on all sides and made larger; none of the first is read."""
+    crop = (h, 1, (t - 1) * h, 2 * w - 2)
+    return [FeatureMap(0, (h, w), (t, 2), crop, (2 * t * h, w + 1), newline=1)]
+
+
+_ASSEMBLE = Spec(
+    op=patchpack.assemble,
+    reference=reference.assemble,
+    make_images=_assemble_images,
+    pack=lambda images: _pack(images, along={"tokens": 0}),
+    cases={
+        "LLaVA-OneVision": {"sizes": [(4, 6, 6), (1, 5, 7)], "parts": _anyres},
+        "Oryx": {"sizes": [(2, 3, 5), (1, 4, 4)], "parts": _two_views, "vectors": 4},
+        "larger": {"sizes": [(2, 4, 3), (3, 2, 5)], "parts": _tall, "channels": 5},
+        "maps alone": {
+            "sizes": [(3, 3, 4), (1, 1, 1)],
+            "parts": lambda t, h, w: [FeatureMap(0, (h, w), (t, 1))],
+            "vectors": 0,
+        },
+        "spare tokens": {"sizes": [(2, 5, 4)], "parts": _anyres, "spare": 7, "channels": 200},
+        "vectors alone": {"sizes": [(1, 1, 1)], "parts": lambda t, h, w: [Vector(1)] * 3},
+        "many images": {
+            "sizes": [(1 + i % 2, 1 + i % 3, 1 + i % 5) for i in range(33)],
+            "parts": _two_views,
+            "vectors": 5,
+        },
+    },
+    grads=("tokens", "vectors"),
+    shared=("vectors",),
+)
+
+
+# --------------------------------------------------------------------------------- scatter_tokens
+
+
+def _scatter_images(
+    sizes, dtype, device, seed, channels=16, vectors=0, index_dtype=torch.int64, batched=False
+) -> list[Inputs]:
+    """Half of the rows are replaced by tokens in no order, a few by vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    learned = _random(generator, vectors, channels, dtype=dtype, device=device)
+    images = []
+    for t, h, w in sizes:
+        rows = t * h * w
+        shape = (t, h * w) if batched else (rows,)
+        order = torch.randperm(rows, generator=generator)
+        index, others = order[: rows // 2], order[rows // 2 :]
+        image = {
+            "embeds": _random(generator, *shape, channels, dtype=dtype, device=device),
+            "tokens": _random(generator, len(index), channels, dtype=dtype, device=device),
+            "index": index.to(device, index_dtype),
+        }
+        if vectors:
+            which = torch.full((rows,), -1, dtype=index_dtype)
+            which[others[::3]] = (torch.arange(len(others[::3])) % vectors).to(index_dtype)
+            image |= {"vectors": learned, "vector_index": which.view(shape).to(device)}
+        images.append(image)
+    return images
+
+
+def _pack_scattered(images: Sequence[Inputs]) -> Inputs:
+    packed = _pack(images, along={"embeds": 0, "tokens": 0})
+    if "vector_index" in packed:
+        packed["vector_index"] = torch.cat([image["vector_index"] for image in images])
+    firsts = itertools.accumulate(image["embeds"][..., 0].numel() for image in images[:-1])
+    shifted = [image["index"] + n for image, n in zip(images, (0, *firsts), strict=True)]
+    packed["index"] = torch.cat(shifted)
+    return packed
+
+
+_SCATTER_TOKENS = Spec(
+    op=patchpack.scatter_tokens,
+    reference=reference.scatter_tokens,
+    make_images=_scatter_images,
+    pack=_pack_scattered,
+    cases={
+        "tokens": {"sizes": [(1, 5, 8), (2, 3, 3)]},
+        "tokens and vectors": {"sizes": [(2, 5, 8), (1, 3, 3)], "vectors": 3},
+        "batch": {
+            "sizes": [(2, 4, 6), (1, 4, 6)],
+            "vectors": 1,
+            "index_dtype": torch.int32,
+            "batched": True,
+        },
+        "many channels": {"sizes": [(1, 9, 9)], "channels": 200, "vectors": 2},
+        "one row": {"sizes": [(1, 1, 1)], "channels": 5, "vectors": 2},
+    },
+    grads=("embeds", "tokens", "vectors"),
+    shared=("vectors",),
+)
+
+
 SPECS: dict[str, Spec] = {
+    "assemble": _ASSEMBLE,
     "rope": _ROPE,
     "rope_2d": _ROPE_2D,
     "mrope": _MROPE,
     "interpolate_tokens": _INTERPOLATE_TOKENS,
+    "scatter_tokens": _SCATTER_TOKENS,
     "varlen_attention": _VARLEN_ATTENTION,
 }
