@@ -65,6 +65,37 @@ def stride_unit(*tensors: Tensor) -> int:
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
+@triton.jit
+def tokens_of_blocks(
+    geometry_ptr, num_grids, search_steps, blocks, SIZE: tl.constexpr, MERGE: tl.constexpr,
+    COLUMN_MAJOR: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tokens of SIZE x SIZE blocks of the maps, row by row of a block, int64 ``[.., BLOCK_K]``.
+
+    Blocks are counted frame by frame, within a frame by rows or by columns.
+    """
+    grid = find_grid(geometry_ptr, num_grids, search_steps, blocks * (SIZE * SIZE))
+    first = tl.load(geometry_ptr + grid * 3)
+    rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
+    cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
+    block_rows = rows // SIZE
+    block_cols = cols // SIZE
+    in_grid = (blocks - first // (SIZE * SIZE)).to(tl.int32)
+    frame = in_grid // (block_rows * block_cols)
+    in_frame = in_grid % (block_rows * block_cols)
+    if COLUMN_MAJOR:
+        row = in_frame % block_rows
+        col = in_frame // block_rows
+    else:
+        row = in_frame // block_cols
+        col = in_frame % block_cols
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    row = (row * SIZE)[:, None] + offs_k // SIZE
+    col = (col * SIZE)[:, None] + offs_k % SIZE
+    start = first + frame * (rows * cols)
+    return start[:, None] + cell_to_token(row, col, cols[:, None], MERGE)
+
+
 def compiler_options() -> dict[str, Any]:
     """What every launch asks of the compiler of its device."""
     target = current_target()

@@ -5,9 +5,11 @@ from patchpack._dispatch import available
 from patchpack.layout import TokenLayout
 from patchpack.ops.assemble import assemble
 from patchpack.ops.interpolate_tokens import interpolate_tokens
+from patchpack.ops.merge_tokens import merge_tokens
 from patchpack.ops.mrope import mrope
 from patchpack.ops.patchify import patchify
 from patchpack.ops.resize_images import resize_images
+from patchpack.ops.region_attention import region_attention
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
 from patchpack.ops.scatter_tokens import scatter_tokens
@@ -22,10 +24,12 @@ __all__ = [
     "assemble",
     "available",
     "interpolate_tokens",
+    "merge_tokens",
     "mrope",
     "patchify",
     "reference",
     "resize_images",
+    "region_attention",
     "rope",
     "rope_2d",
     "scatter_tokens",

@@ -23,6 +23,7 @@ _LIBRARY.define(
     "grid_metadata(Tensor grid_thw, int spatial_merge_size, bool merge_temporal)"
     " -> (Tensor geometry, Tensor cu_seqlens, Tensor tokens, Tensor longest)"
 )
+_LIBRARY.define("merged_sizes(Tensor grid_thw, int merge_size) -> (Tensor sizes, Tensor tokens)")
 
 
 def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
@@ -68,16 +69,35 @@ def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
     )
 
 
+@torch.library.impl(_LIBRARY, "merged_sizes", "CPU")
+def _(grid_thw: Tensor, merge_size: int):
+    sizes = grid_thw.numpy()
+    for i in np.flatnonzero((sizes[:, 1:] % merge_size).any(axis=1))[:1]:
+        raise ValueError(
+            f"grid must have rows and columns that divide by {merge_size},"
+            f" got {sizes[i].tolist()} in grid_thw[{i}]"
+        )
+    merged = sizes // (1, merge_size, merge_size)
+    return torch.from_numpy(merged), torch.empty(int(merged.prod(axis=1).sum()), 0, device="cpu")
+
+
+@torch.library.register_fake("patchpack::merged_sizes", lib=_LIBRARY)
+def _(grid_thw: Tensor, merge_size: int):
+    num_tokens = torch.library.get_ctx().new_dynamic_size()
+    sizes = grid_thw.new_empty(grid_thw.shape)
+    return sizes, grid_thw.new_empty(num_tokens, 0, dtype=torch.float32)
+
+
 def is_integer(n: object) -> bool:
     """Whether ``n`` is an integer of Python or NumPy."""
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
 
 
-def _merge_size(m: int) -> int:
+def _merge_size(m: int, name: str = "spatial_merge_size") -> int:
     if not is_integer(m):
-        raise TypeError(f"spatial_merge_size must be an int, got {m!r}")
+        raise TypeError(f"{name} must be an int, got {m!r}")
     if not 1 <= m < 2**31:
-        raise ValueError(f"spatial_merge_size must be at least 1 and below 2**31, got {m}")
+        raise ValueError(f"{name} must be at least 1 and below 2**31, got {m}")
     return int(m)
 
 
@@ -262,11 +282,28 @@ class PackedGrid:
         col = block % (cols // m) * m + in_block % m
         return torch.stack([row, col], dim=1)
 
-    def merged(self) -> PackedGrid:
-        """The grid after every ``m x m`` block of patches became one token, in raster order."""
-        m = self.spatial_merge_size
-        merged = self._sizes // self._sizes.new_tensor([1, m, m])
-        return PackedGrid(merged, 1, self.merge_temporal, device=self.geometry.device)
+    def num_blocks(self, size: int) -> int:
+        """How many blocks of ``size x size`` tokens the maps are made of, known on the host.
+
+        Raises:
+            ValueError: Rows or columns do not divide by ``size``.
+        """
+        return torch.ops.patchpack.merged_sizes(self._sizes, size)[1].shape[0]
+
+    def merged(self, merge_size: int | None = None) -> PackedGrid:
+        """The grid after every ``m x m`` block of patches became one token, in raster order.
+
+        Args:
+            merge_size: ``m``, for any order of the patches; by default their
+                ``spatial_merge_size``, which merges nothing if they are in raster order.
+
+        Raises:
+            TypeError: ``merge_size`` is no integer.
+            ValueError: Rows or columns do not divide by ``merge_size``.
+        """
+        m = self.spatial_merge_size if merge_size is None else _merge_size(merge_size, "merge_size")
+        sizes, _ = torch.ops.patchpack.merged_sizes(self._sizes, m)
+        return PackedGrid(sizes, 1, self.merge_temporal, device=self.geometry.device)
 
     def resized(
         self,

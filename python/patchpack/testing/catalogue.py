@@ -536,12 +536,148 @@ _SCATTER_TOKENS = Spec(
 )
 
 
+# ------------------------------------------------------------------------------- region_attention
+
+
+def _region_images(
+    sizes, dtype, device, seed, channels=32, region=2, merge=1, **options
+) -> list[Inputs]:
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for size in sizes:
+        grid = grid_of(size, merge, device)
+        num_cells = grid.num_tokens // region**2
+        images.append(
+            {
+                "query": _random(generator, num_cells, channels, dtype=dtype, device=device),
+                "tokens": _random(generator, grid.num_tokens, channels, dtype=dtype, device=device),
+                "grid": grid,
+                "region": region,
+                **options,
+            }
+        )
+    return images
+
+
+_REGION_ATTENTION = Spec(
+    op=patchpack.region_attention,
+    reference=reference.region_attention,
+    make_images=_region_images,
+    pack=lambda images: _pack(images, along={"query": 0, "tokens": 0}),
+    cases={
+        "Oryx, video": {"sizes": [(2, 4, 6), (1, 2, 2), (1, 8, 4)], "channels": 1152},
+        "Oryx, long video": {"sizes": [(1, 4, 8), (2, 8, 4)], "channels": 1152, "region": 4},
+        "Oryx, image": {"sizes": [(1, 3, 5), (1, 1, 1)], "channels": 72, "region": 1},
+        "blocks": {"sizes": [(1, 4, 8), (2, 8, 4)], "merge": 4, "channels": 40},
+        "cells across blocks": {
+            "sizes": [(1, 6, 12), (2, 6, 6)],
+            "merge": 2,
+            "region": 3,
+            "channels": 5,
+            "softmax_scale": 1.5,
+        },
+        "many channels": {"sizes": [(1, 4, 8), (1, 8, 4)], "channels": 3584, "region": 4},
+        "many images": {"sizes": [(1, 2 + 2 * (i % 3), 2 + 2 * (i % 2)) for i in range(33)]},
+    },
+    grads=("query", "tokens"),
+)
+
+
+# ----------------------------------------------------------------------------------- merge_tokens
+
+
+def _merge_images(
+    sizes, dtype, device, seed, channels=32, merge=1, merge_size=None, norm="", params=None,
+    **options,
+) -> list[Inputs]:  # fmt: skip
+    """``norm`` is what is normalised and by what, such as ``"merged weight bias"``, in words."""
+    generator = torch.Generator().manual_seed(seed)
+    m = merge_size or (2 if merge == 1 else merge)
+    size = channels if "token" in norm else m * m * channels
+    affine = {
+        name: torch.randn(size, generator=generator).to(device, params or dtype)
+        if name in norm
+        else None
+        for name in ("weight", "bias")
+    }
+    images = []
+    for thw in sizes:
+        grid = grid_of(thw, merge, device)
+        # with a mean, which a LayerNorm has to take away
+        x = _random(generator, grid.num_tokens, channels, dtype=dtype, device=device) + 2
+        images.append({"x": x, "grid": grid, "merge_size": merge_size, **affine, **options})
+    return images
+
+
+_MERGE_TOKENS = Spec(
+    op=patchpack.merge_tokens,
+    reference=reference.merge_tokens,
+    make_images=_merge_images,
+    pack=lambda images: _pack(images, along={"x": 0}),
+    cases={
+        "InternVL": {
+            "sizes": [(2, 4, 4), (1, 8, 8)],
+            "channels": 1024,
+            "norm": "merged weight bias",
+            "eps": 1e-5,
+        },
+        "Qwen2-VL": {
+            "sizes": [(1, 4, 6), (2, 2, 2), (1, 8, 4)],
+            "channels": 1280,
+            "merge": 2,
+            "norm": "token weight bias",
+        },
+        "InternVL v1": {"sizes": [(2, 4, 6), (1, 2, 2)], "order": "column", "channels": 40},
+        "float32 weights": {
+            "sizes": [(1, 4, 6), (1, 20, 18)],
+            "channels": 72,
+            "merge": 2,
+            "order": "column",
+            "norm": "merged weight bias",
+            "params": torch.float32,
+        },
+        "weight alone, across blocks": {
+            "sizes": [(1, 6, 12), (2, 6, 6)],
+            "channels": 5,
+            "merge": 2,
+            "merge_size": 3,
+            "norm": "merged weight",
+        },
+        "bias alone, nothing merged": {
+            "sizes": [(1, 3, 5), (2, 2, 3)],
+            "channels": 17,
+            "merge_size": 1,
+            "norm": "token bias",
+        },
+        "many channels": {
+            "sizes": [(1, 2, 4), (1, 4, 4)],
+            "channels": 3200,
+            "norm": "merged weight bias",
+        },
+        "blocks of 8": {
+            "sizes": [(1, 8, 16), (1, 8, 8)],
+            "channels": 520,
+            "merge_size": 8,
+            "norm": "token weight bias",
+        },
+        "many images": {
+            "sizes": [(1, 2 + 2 * (i % 3), 2 + 2 * (i % 2)) for i in range(33)],
+            "merge": 2,
+        },
+    },
+    grads=("x", "weight", "bias"),
+    shared=("weight", "bias"),
+)
+
+
 SPECS: dict[str, Spec] = {
     "assemble": _ASSEMBLE,
     "rope": _ROPE,
     "rope_2d": _ROPE_2D,
     "mrope": _MROPE,
     "interpolate_tokens": _INTERPOLATE_TOKENS,
+    "merge_tokens": _MERGE_TOKENS,
+    "region_attention": _REGION_ATTENTION,
     "scatter_tokens": _SCATTER_TOKENS,
     "varlen_attention": _VARLEN_ATTENTION,
 }
