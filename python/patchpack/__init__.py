@@ -8,8 +8,8 @@ from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.merge_tokens import merge_tokens
 from patchpack.ops.mrope import mrope
 from patchpack.ops.patchify import patchify
-from patchpack.ops.resize_images import resize_images
 from patchpack.ops.region_attention import region_attention
+from patchpack.ops.resize_images import resize_images
 from patchpack.ops.rope import rope
 from patchpack.ops.rope_2d import rope_2d
 from patchpack.ops.scatter_tokens import scatter_tokens
@@ -28,8 +28,8 @@ __all__ = [
     "mrope",
     "patchify",
     "reference",
-    "resize_images",
     "region_attention",
+    "resize_images",
     "rope",
     "rope_2d",
     "scatter_tokens",
