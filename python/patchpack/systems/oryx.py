@@ -487,7 +487,7 @@ class SimpleMlp(nn.Module):
         """
         x = self.proj(x)
         # in the order of NEWLINE, BEGIN, END, SEPARATOR
-        vectors = [self.image_newline, self.image_begin, self.image_end, self.image_sep]
+        vectors = (self.image_newline, self.image_begin, self.image_end, self.image_sep)
         return assemble(x, torch.stack(vectors).to(x.dtype), layout, impl=self.impl)
 
 
@@ -527,7 +527,7 @@ class TokenPath(nn.Module):
         """
         plans = _listed(plans)
         sizes = [p.vit_tokens for p in plans]
-        _check.shape("x", x, sum(sizes), self.mm_projector.proj[0].in_features)
+        _check.shape("x", x, sum(sizes), self.vision_resampler.vlm_query_projector.in_features)
         regions = {p.region for p in plans}
         if len(regions) == 1:
             grid = PackedGrid([g for p in plans for g in p.grids], device=x.device)

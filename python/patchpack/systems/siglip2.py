@@ -268,11 +268,13 @@ class PoolingHead(nn.Module):
         channels = x.shape[1]
         heads = (self.attention.num_heads, -1)
         query = F.linear(self.probe[0], weight[:channels], bias[:channels]).unflatten(1, heads)
-        keys = F.linear(x, weight[channels:], bias[channels:]).unflatten(1, (2, *heads))
+        keys_values = F.linear(x, weight[channels:], bias[channels:]).unflatten(1, (2, *heads))
+        k, v = keys_values.unbind(1)  # [T, H, D] each, views
         queries = torch.arange(grid.num_segments + 1, dtype=torch.int32, device=x.device)
         pooled = varlen_attention(
             query.expand(grid.num_segments, -1, -1),  # [G, H, D]
-            *keys.unbind(1),
+            k,
+            v,
             queries,
             grid.cu_seqlens,
             impl=self.impl,
