@@ -247,7 +247,7 @@ def patches_by_hand(image):
     ("name", "box"),
     [
         ("astronaut.png", (0, 0, 300, 211)),
-        ("coffee.png", (100, 50, 500, 70)),  # 20 rows, which are enlarged first
+        ("coffee.png", (100, 50, 433, 70)),  # 20 rows, enlarged to 64 x 1065 first
         ("chelsea.png", (9, 9, 20, 31)),
     ],
 )

@@ -47,10 +47,6 @@ STRIDE = {"image": 32, "video": 64, "video_long": 128}
 REGION = {"image": 1, "video": 2, "video_long": 4}
 # a side below SMALL becomes ENLARGED before anything else, in pixels
 SMALL, ENLARGED = 32, 64
-# square roots of areas, in pixels: largest and smallest of the high view, the low view's
-IMAGE_SIDES = (1536, 0)
-VIDEO_SIDES = (480, 288)
-LOW_SIDE = 384
 # most frames; of a long video the original draws 3 to 4 times 64, for each sample of training
 MAX_FRAMES = {"video": 64, "video_long": 256}
 # most tokens of a sequence, text included
@@ -107,10 +103,12 @@ class Plan(_plan.Plan):
 
     @property
     def llm_tokens(self) -> int:
-        """Tokens of the language model: a newline a row, one separator after each map but the
-        high view of an image, one to begin and one to end."""
-        separators = 1 if self.low is not None else self.num_frames
-        return 2 + separators + sum(t * h * (w + 1) for t, h, w in self.maps)
+        """Tokens of the language model.
+
+        A newline a row, a separator between two views or after each frame, and one to begin and one
+        to end.
+        """
+        return 2 + self.num_frames + sum(t * h * (w + 1) for t, h, w in self.maps)
 
     @property
     def markup_tokens(self) -> int:
@@ -128,7 +126,7 @@ class Plan(_plan.Plan):
 
 
 def plan(
-    height: int, width: int, *, maxres: int = 1536, minres: int = 0, lowres: int = LOW_SIDE
+    height: int, width: int, *, maxres: int = 1536, minres: int = 0, lowres: int = 384
 ) -> Plan:
     """Plan one image: a high and a low view. A 640 x 480 image takes 1773 tokens.
 

@@ -92,9 +92,9 @@ def plan(height: int, width: int, *, longest_edge: int = 1024, patch_size: int =
         height=height, width=width, longest_edge=longest_edge, patch_size=patch_size
     )
     ratio = max(height / longest_edge, width / longest_edge)
-    size = (
-        [height, width] if ratio <= 1 else [math.floor(height / ratio), math.floor(width / ratio)]
-    )
+    size = [height, width]
+    if ratio > 1:
+        size = [math.floor(side / ratio) for side in size]
     if 0 in size:
         raise ValueError(
             f"height and width must leave at least one pixel a side within"
