@@ -40,6 +40,19 @@ def cell_to_token(row, col, num_cols, MERGE: tl.constexpr):
 
 
 @triton.jit
+def locate(geometry_ptr, num_grids, search_steps, tokens, MERGE: tl.constexpr):
+    """Grid and frame of tokens, their place, row and column in the frame, and its sizes."""
+    grid = find_grid(geometry_ptr, num_grids, search_steps, tokens)
+    rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
+    cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
+    in_grid = (tokens - tl.load(geometry_ptr + grid * 3)).to(tl.int32)
+    frame = in_grid // (rows * cols)
+    in_frame = in_grid % (rows * cols)
+    row, col = token_to_cell(in_frame, cols, MERGE)
+    return grid, frame, in_frame, row, col, rows, cols
+
+
+@triton.jit
 def row_ptrs(ptr, rows, num_rows, stride_batch, stride_row, STRIDE_UNIT: tl.constexpr):
     """Where rows of a batch ``[B, num_rows, C]`` begin, counted through; fewer than 2**31."""
     batch, row = rows.to(tl.int32) // num_rows, rows.to(tl.int32) % num_rows

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchpack.kernels._resample import find_readers, find_taps, matrix_entry, weight_at
 from patchpack.kernels._sums import sum_rows
 from patchpack.kernels._tiles import (
     compiler_options,
@@ -18,7 +19,6 @@ from patchpack.kernels._tiles import (
     row_tiles,
     stride_unit,
 )
-from patchpack.kernels.interpolate_tokens import _entry, _readers, _taps, _weight
 
 _COLUMNS = tl.constexpr(13)  # of `TokenLayout.table`
 
@@ -94,18 +94,18 @@ def _assemble_kernel(
     row, col = in_part // length, in_part % length
     is_vector = col == cols
 
-    first_y, _, distance_y, unit_y, size_y = _taps(
+    first_y, _, distance_y, unit_y, size_y = find_taps(
         row, height, rows, "bilinear", False, False, NUM_TAPS=2
     )
-    first_x, _, distance_x, unit_x, size_x = _taps(
+    first_x, _, distance_x, unit_x, size_x = find_taps(
         col, width, tl.maximum(cols, 1), "bilinear", False, False, NUM_TAPS=2
     )
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for ky in range(2):
-        weight_y = _weight(distance_y + ky * unit_y, size_y, "bilinear", False)
+        weight_y = weight_at(distance_y + ky * unit_y, size_y, "bilinear", False)
         y = top + tl.minimum(tl.maximum(first_y + ky, 0), height - 1)
         for kx in tl.static_range(2):
-            weight = weight_y * _weight(distance_x + kx * unit_x, size_x, "bilinear", False)
+            weight = weight_y * weight_at(distance_x + kx * unit_x, size_x, "bilinear", False)
             x = left + tl.minimum(tl.maximum(first_x + kx, 0), width - 1)
             tile = y // tile_rows * num_beside + x // tile_cols
             in_tile = y % tile_rows * tile_cols + x % tile_cols
@@ -166,10 +166,10 @@ def _assemble_bwd_kernel(
     is_read = mask_t & (in_map >= 0) & (in_map < tl.load(map_ptrs + 2))
     is_read = is_read & (row >= 0) & (row < height) & (col >= 0) & (col < width)
 
-    first_y, count_y, distance_y, slope_y, unit_y, size_y = _readers(
+    first_y, count_y, distance_y, slope_y, unit_y, size_y = find_readers(
         row, height, out_rows, "bilinear", False, False
     )
-    first_x, count_x, distance_x, slope_x, unit_x, size_x = _readers(
+    first_x, count_x, distance_x, slope_x, unit_x, size_x = find_readers(
         col, width, out_cols, "bilinear", False, False
     )
     length = out_cols + (newline >= 0)
@@ -177,14 +177,14 @@ def _assemble_bwd_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for ky in range(tl.max(tl.where(is_read, count_y, 0))):
         out_y = first_y + ky
-        weight_y = _entry(
+        weight_y = matrix_entry(
             out_y, row, height, out_rows, distance_y - ky * slope_y, unit_y, size_y, "bilinear",
             False, NUM_TAPS=2,
         )  # fmt: skip
         weight_y = tl.where(is_read & (out_y < out_rows), weight_y, 0.0)
         for kx in range(tl.max(tl.where(is_read, count_x, 0))):
             out_x = first_x + kx
-            weight_x = _entry(
+            weight_x = matrix_entry(
                 out_x, col, width, out_cols, distance_x - kx * slope_x, unit_x, size_x, "bilinear",
                 False, NUM_TAPS=2,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 from patchpack import reference
 from patchpack._dispatch import available
 from patchpack.layout import TokenLayout
+from patchpack.ops.add_pos_embed import add_pos_embed
 from patchpack.ops.assemble import assemble
 from patchpack.ops.interpolate_tokens import interpolate_tokens
 from patchpack.ops.merge_tokens import merge_tokens
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PackedGrid",
     "TokenLayout",
+    "add_pos_embed",
     "assemble",
     "available",
     "interpolate_tokens",

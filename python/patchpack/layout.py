@@ -109,12 +109,11 @@ def _checked(parts: Sequence[FeatureMap | Vector]) -> np.ndarray:
     return numbers
 
 
-def _count(name: str, lengths: np.ndarray) -> int:
-    """The sum of ``lengths``, which are floats and so do not wrap around."""
-    total = lengths.sum()
-    if total >= 2**31:
-        raise ValueError(f"parts must have fewer than 2**31 {name}, got {total:.0f}")
-    return int(total)
+def _count(name: str, number: float) -> int:
+    """A number that was computed as a float, which does not wrap around."""
+    if number >= 2**31:
+        raise ValueError(f"parts must have fewer than 2**31 {name}, got {number:.0f}")
+    return int(number)
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -166,21 +165,20 @@ class TokenLayout:
         numbers = _checked(parts)
         rows, cols, newline = numbers[:, 9:].T
         widths = cols + (newline >= 0)
-        num_tokens = _count("tokens", rows.astype(np.float64) * widths)
+        num_tokens = _count("tokens", (rows.astype(np.float64) * widths).sum())
         begins = np.concatenate([[0], np.cumsum(rows * widths)])
 
         part = np.flatnonzero(cols)
         part = part[np.argsort(numbers[part, 0], kind="stable")]
-        sizes = numbers[part, 1:5].astype(np.float64).prod(axis=1)
-        _count("tokens of maps", sizes)
-        first, sizes = numbers[part, 0], sizes.astype(np.int64)
-        for i in np.flatnonzero(first[1:] < (first + sizes)[:-1])[:1]:
+        first = numbers[part, 0]
+        ends = first + numbers[part, 1:5].astype(np.float64).prod(axis=1)
+        num_source_tokens = _count("tokens of maps", ends.max(initial=0))
+        for i in np.flatnonzero(first[1:] < ends[:-1])[:1]:
             one, other = sorted(part[i : i + 2])
             raise ValueError(f"parts[{one}] and parts[{other}] must not share tokens")
-        num_source_tokens = int((first + sizes).max(initial=0))
         end = (num_source_tokens, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, -1)
         table = np.column_stack([begins, np.vstack([numbers, end])])
-        maps = np.column_stack([first, part, sizes])
+        maps = np.column_stack([first, part, ends.astype(np.int64) - first])
         maps = np.vstack([maps, (num_source_tokens, len(parts), 0)])
 
         with torch.inference_mode(False):  # or no backward pass could keep these tensors

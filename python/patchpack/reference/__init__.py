@@ -1,5 +1,6 @@
 """The specification: slow eager code, differentiable by autograd, in any floating dtype."""
 
+from patchpack.reference.add_pos_embed import add_pos_embed as add_pos_embed
 from patchpack.reference.assemble import assemble as assemble
 from patchpack.reference.interpolate_tokens import interpolate_tokens as interpolate_tokens
 from patchpack.reference.merge_tokens import merge_tokens as merge_tokens

@@ -24,7 +24,7 @@ def assemble(tokens: Tensor, vectors: Tensor | None, layout: TokenLayout) -> Ten
     """Write the parts of ``layout`` one after the other: ``[num_tokens, C]``."""
     tokens = tokens.flatten(0, -2)
     vectors = tokens[:0] if vectors is None else vectors
-    parts = [tokens[:0]]
+    parts = [tokens[:0], vectors[:0]]
     for part in layout.parts:
         if isinstance(part, FeatureMap):
             rows = _rows_of(tokens, part)

@@ -397,6 +397,68 @@ _INTERPOLATE_TOKENS = Spec(
 )
 
 
+# ---------------------------------------------------------------------------------- add_pos_embed
+
+
+def _pos_embed_images(
+    sizes, dtype, device, seed, table, channels=16, table_dtype=None, merge=1, **options
+) -> list[Inputs]:
+    """``table`` is its rows and columns."""
+    generator = torch.Generator().manual_seed(seed)
+    table_dtype = torch.promote_types(dtype, table_dtype or dtype)
+    shared = _random(generator, *table, channels, dtype=table_dtype, device=device)
+    images = []
+    for size in sizes:
+        grid = grid_of(size, merge, device)
+        x = _random(generator, grid.num_tokens, channels, dtype=dtype, device=device)
+        images.append({"x": x, "table": shared, "grid": grid, **options})
+    return images
+
+
+_ADD_POS_EMBED = Spec(
+    op=patchpack.add_pos_embed,
+    reference=reference.add_pos_embed,
+    make_images=_pos_embed_images,
+    pack=lambda images: _pack(images, along={"x": 0}),
+    cases={
+        "Qwen3-VL": {
+            "sizes": [(1, 4, 6), (2, 8, 2), (1, 2, 2)],
+            "table": (6, 6),
+            "merge": 2,
+            "align_corners": True,
+        },
+        "SigLIP 2": {
+            "sizes": [(1, 3, 9), (2, 1, 5), (1, 7, 2)],
+            "table": (5, 8),
+            "antialias": True,
+            "channels": 5,
+        },
+        "MoonViT": {"sizes": [(1, 3, 7), (2, 2, 3)], "table": (3, 7), "mode": "bicubic"},
+        "table in float32": {
+            "sizes": [(1, 4, 4), (1, 3, 2)],
+            "table": (3, 4),
+            "table_dtype": torch.float32,
+            "mode": "bicubic",
+            "channels": 136,
+        },
+        "Oryx": {"sizes": [(1, 4, 3), (1, 11, 2), (1, 1, 1)], "table": (9, 20)},
+        "bicubic, antialias": {
+            "sizes": [(1, 2, 3), (1, 6, 4)],
+            "table": (4, 5),
+            "mode": "bicubic",
+            "antialias": True,
+        },
+        "many images, small table": {
+            "sizes": [(1 + 2 * (i == 3), 1 + i % 3, 2 + i % 2) for i in range(9)],
+            "table": (2, 1),
+        },
+        "a clip, small table": {"sizes": [(5, 3, 2)], "table": (1, 2), "mode": "bicubic"},
+    },
+    grads=("x", "table"),
+    shared=("table",),
+)
+
+
 # --------------------------------------------------------------------------------------- assemble
 
 
@@ -444,9 +506,9 @@ def _two_views(t: int, h: int, w: int) -> list[FeatureMap | Vector]:
 
 
 def _tall(t: int, h: int, w: int) -> list[FeatureMap]:
-    """Tiles in two columns, cropped on all sides and made larger; none of the first is read."""
-    crop = (h, 1, (t - 1) * h, 2 * w - 2)
-    return [FeatureMap(0, (h, w), (t, 2), crop, (2 * t * h, w + 1), newline=1)]
+    """Tiles in two columns, cropped on all sides and made larger."""
+    crop = (h - 1, 1, (t - 1) * h, 2 * w - 2)
+    return [FeatureMap(0, (h, w), (t, 2), crop, (2 * t * h, 2 * w + 1), newline=1)]
 
 
 _ASSEMBLE = Spec(
@@ -455,7 +517,7 @@ _ASSEMBLE = Spec(
     make_images=_assemble_images,
     pack=lambda images: _pack(images, along={"tokens": 0}),
     cases={
-        "LLaVA-OneVision": {"sizes": [(4, 6, 6), (1, 5, 7)], "parts": _anyres},
+        "LLaVA-OneVision": {"sizes": [(3, 4, 5), (1, 5, 7)], "parts": _anyres},
         "Oryx": {"sizes": [(2, 3, 5), (1, 4, 4)], "parts": _two_views, "vectors": 4},
         "larger": {"sizes": [(2, 4, 3), (3, 2, 5)], "parts": _tall, "channels": 5},
         "maps alone": {
@@ -466,7 +528,7 @@ _ASSEMBLE = Spec(
         "spare tokens": {"sizes": [(2, 5, 4)], "parts": _anyres, "spare": 7, "channels": 200},
         "vectors alone": {"sizes": [(1, 1, 1)], "parts": lambda t, h, w: [Vector(1)] * 3},
         "many images": {
-            "sizes": [(1 + i % 2, 1 + i % 3, 1 + i % 5) for i in range(33)],
+            "sizes": [(1 + i % 2, 1 + i % 3, 1 + i % 5) for i in range(9)],
             "parts": _two_views,
             "vectors": 5,
         },
@@ -495,6 +557,8 @@ def _scatter_images(
             "embeds": _random(generator, *shape, channels, dtype=dtype, device=device),
             "tokens": _random(generator, len(index), channels, dtype=dtype, device=device),
             "index": index.to(device, index_dtype),
+            "vectors": None,
+            "vector_index": None,
         }
         if vectors:
             which = torch.full((rows,), -1, dtype=index_dtype)
@@ -506,7 +570,7 @@ def _scatter_images(
 
 def _pack_scattered(images: Sequence[Inputs]) -> Inputs:
     packed = _pack(images, along={"embeds": 0, "tokens": 0})
-    if "vector_index" in packed:
+    if packed["vector_index"] is not None:
         packed["vector_index"] = torch.cat([image["vector_index"] for image in images])
     firsts = itertools.accumulate(image["embeds"][..., 0].numel() for image in images[:-1])
     shifted = [image["index"] + n for image, n in zip(images, (0, *firsts), strict=True)]
@@ -521,7 +585,7 @@ _SCATTER_TOKENS = Spec(
     pack=_pack_scattered,
     cases={
         "tokens": {"sizes": [(1, 5, 8), (2, 3, 3)]},
-        "tokens and vectors": {"sizes": [(2, 5, 8), (1, 3, 3)], "vectors": 3},
+        "tokens and vectors": {"sizes": [(2, 5, 4), (1, 3, 3)], "vectors": 3},
         "batch": {
             "sizes": [(2, 4, 6), (1, 4, 6)],
             "vectors": 1,
@@ -678,6 +742,7 @@ SPECS: dict[str, Spec] = {
     "interpolate_tokens": _INTERPOLATE_TOKENS,
     "merge_tokens": _MERGE_TOKENS,
     "region_attention": _REGION_ATTENTION,
+    "add_pos_embed": _ADD_POS_EMBED,
     "scatter_tokens": _SCATTER_TOKENS,
     "varlen_attention": _VARLEN_ATTENTION,
 }

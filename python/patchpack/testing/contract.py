@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchpack import _interpreter
-from patchpack.packing import PackedGrid
 from patchpack.testing.catalogue import SPECS, Inputs, Spec
 from patchpack.testing.compare import Accuracy, measure
+
+# arguments that describe a batch, and their tensors on the device
+METADATA = {"grid": ("geometry", "cu_seqlens"), "layout": ("table", "maps")}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,6 +80,23 @@ def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     if isinstance(x, list):
         return [_map(function, y) for y in x]
     return function(x) if isinstance(x, Tensor) else x
+
+
+def _map_metadata(
+    function: Callable[[Tensor], Tensor], inputs: Inputs, *, everywhere: bool = False
+) -> Inputs:
+    """Copies of what describes the batch, with ``function`` of its tensors on the device, or all.
+
+    Ops trust them, so that nothing has to be built anew.
+    """
+    copies = {}
+    for name in METADATA.keys() & inputs.keys():
+        copies[name] = copy(inputs[name])
+        held = {n for n, x in vars(inputs[name]).items() if isinstance(x, Tensor)}
+        for attribute in held if everywhere else METADATA[name]:
+            changed = function(getattr(inputs[name], attribute))
+            object.__setattr__(copies[name], attribute, changed)
+    return copies
 
 
 def backward(outputs: list[Tensor], cotangents: list[Tensor]) -> None:
@@ -190,9 +210,9 @@ def check_inputs_unmodified(subject: Subject) -> None:
     """Forward and backward leave every input and cotangent as it was."""
     inputs = subject.inputs()
     watched = {f"{name}[{i}]": x for name in inputs for i, x in enumerate(tensors(inputs[name]))}
-    if "grid" in inputs:
-        grid = inputs["grid"]
-        watched |= {"geometry": grid.geometry, "grid_thw": grid.grid_thw}
+    for name in METADATA.keys() & inputs.keys():
+        held = vars(inputs[name]).items()
+        watched |= {f"{name}.{n}": x for n, x in held if isinstance(x, Tensor)}
     before = {name: x.clone() for name, x in watched.items()}
     outputs = tensors(subject({**inputs, **leaves(inputs, subject.spec.grads)}))
     cotangents = [_cotangent(x, subject.dtype) for x in outputs]
@@ -359,11 +379,7 @@ def check_shapes_alone(subject: Subject) -> None:
     assert got == want, f"meta gives {got}, want {want}"
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         fake = {name: _map(mode.from_tensor, x) for name, x in inputs.items()}
-        if "grid" in inputs:
-            grid = inputs["grid"]
-            fake["grid"] = PackedGrid(
-                grid.grid_thw.tolist(), grid.spatial_merge_size, grid.merge_temporal
-            )
+        fake |= _map_metadata(mode.from_tensor, inputs, everywhere=True)
         outputs = tensors(subject(fake))
     assert [x.dtype for x in outputs] == [dtype for _, _, dtype in want]
     assert [x.ndim for x in outputs] == [len(shape) for shape, _, _ in want]
@@ -375,7 +391,7 @@ ON_HOST = ("target_hw",)
 
 def _to_meta(inputs: Inputs) -> Inputs:
     return {
-        name: x.to("meta") if isinstance(x, PackedGrid) else _map(lambda y: y.to("meta"), x)
+        name: x.to("meta") if name in METADATA else _map(lambda y: y.to("meta"), x)
         for name, x in inputs.items()
         if name not in ON_HOST
     } | {name: inputs[name] for name in ON_HOST if name in inputs}
@@ -476,11 +492,7 @@ def check_no_sync(subject: Subject) -> None:
         name: x if name in ON_HOST else _map(lambda y: y.as_subclass(_OnDevice), x)
         for name, x in inputs.items()
     }
-    if "grid" in inputs:
-        grid = replace(inputs["grid"])
-        for name in ("geometry", "cu_seqlens"):
-            object.__setattr__(grid, name, getattr(grid, name).as_subclass(_OnDevice))
-        guarded["grid"] = grid
+    guarded |= _map_metadata(lambda x: x.as_subclass(_OnDevice), inputs)
     arguments = leaves(guarded, subject.spec.grads)
     with (
         guard,
