@@ -10,6 +10,8 @@ is who reads an input, where its gradient comes from. Coordinates and distances 
 import triton
 import triton.language as tl
 
+from patchpack.kernels._tiles import divide
+
 
 @triton.jit
 def _axis(
@@ -41,22 +43,14 @@ def _nearest(o, num_in, num_out):
 
 
 @triton.jit
-def _divide(a, b):
-    """``a / b`` rounded to nearest, without the branch for subnormal numbers of ``tl.div_rn``."""
-    inverse = tl.div_rn(1.0, b)
-    quotient = a * inverse
-    return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
-
-
-@triton.jit
 def weight_at(distance, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
     """Weight at a distance; up to a factor where weights are to be normalised."""
     distance = tl.abs(distance)
     if MODE == "bilinear":
-        return _divide(tl.maximum(size - distance, 0.0), size)
+        return divide(tl.maximum(size - distance, 0.0), size)
     if MODE == "bicubic":
         A: tl.constexpr = -0.5 if ANTIALIAS else -0.75
-        z = _divide(distance, size)
+        z = divide(distance, size)
         near = 1.0 - z * z * ((A + 3) - (A + 2) * z)
         far = A * (z - 1.0) * (z - 2.0) * (z - 2.0)
         return tl.where(z < 1.0, near, tl.where(z < 2.0, far, 0.0))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +38,14 @@ def cell_to_token(row, col, num_cols, MERGE: tl.constexpr):
     """The inverse of ``token_to_cell``."""
     block = (row // MERGE) * (num_cols // MERGE) + col // MERGE
     return block * (MERGE * MERGE) + (row % MERGE) * MERGE + col % MERGE
+
+
+@triton.jit
+def divide(a, b):
+    """``a / b`` rounded to nearest, without the branch for subnormal numbers of ``tl.div_rn``."""
+    inverse = tl.div_rn(1.0, b)
+    quotient = a * inverse
+    return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
 
 
 @triton.jit
@@ -79,34 +88,33 @@ def stride_unit(*tensors: Tensor) -> int:
 
 
 @triton.jit
-def tokens_of_blocks(
-    geometry_ptr, num_grids, search_steps, blocks, SIZE: tl.constexpr, MERGE: tl.constexpr,
-    COLUMN_MAJOR: tl.constexpr, BLOCK_K: tl.constexpr,
+def block_to_token(
+    geometry_ptr, num_grids, search_steps, place, SIZE: tl.constexpr, MERGE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of SIZE x SIZE blocks of the maps, row by row of a block, int64 ``[.., BLOCK_K]``.
+    """The token at a place of another order: SIZE x SIZE blocks, each of them row by row.
 
-    Blocks are counted frame by frame, within a frame by rows or by columns.
+    Blocks follow each other frame by frame, within a frame by rows or by columns.
     """
-    grid = find_grid(geometry_ptr, num_grids, search_steps, blocks * (SIZE * SIZE))
+    grid = find_grid(geometry_ptr, num_grids, search_steps, place)
     first = tl.load(geometry_ptr + grid * 3)
     rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
     cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
-    block_rows = rows // SIZE
-    block_cols = cols // SIZE
-    in_grid = (blocks - first // (SIZE * SIZE)).to(tl.int32)
-    frame = in_grid // (block_rows * block_cols)
-    in_frame = in_grid % (block_rows * block_cols)
-    if COLUMN_MAJOR:
-        row = in_frame % block_rows
-        col = in_frame // block_rows
+    in_frame = (place - first).to(tl.int32) % (rows * cols)
+    if BY_COLUMN:
+        block = in_frame // (SIZE * SIZE)
+        in_block = in_frame % (SIZE * SIZE)
+        row = block % (rows // SIZE) * SIZE + in_block // SIZE
+        col = block // (rows // SIZE) * SIZE + in_block % SIZE
     else:
-        row = in_frame // block_cols
-        col = in_frame % block_cols
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
-    row = (row * SIZE)[:, None] + offs_k // SIZE
-    col = (col * SIZE)[:, None] + offs_k % SIZE
-    start = first + frame * (rows * cols)
-    return start[:, None] + cell_to_token(row, col, cols[:, None], MERGE)
+        row, col = token_to_cell(in_frame, cols, SIZE)
+    return place - in_frame + cell_to_token(row, col, cols, MERGE)
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A small table of the CPU on ``device``, without waiting for it."""
+    pinned = table.pin_memory() if device.type == "cuda" else table
+    return pinned.to(device, non_blocking=True)
 
 
 def compiler_options() -> dict[str, Any]:

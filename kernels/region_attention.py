@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import compiler_options, tokens_of_blocks
+from patchpack.kernels._tiles import block_to_token, compiler_options
 
 
 @triton.jit(do_not_specialize=["num_grids", "search_steps", "num_cells"])
@@ -46,8 +46,9 @@ def _attend_kernel(
     mask_n = offs_n < num_cells
     mask_k = mask_n[:, None] & (offs_k < AREA)
 
-    token = tokens_of_blocks(
-        geometry_ptr, num_grids, search_steps, offs_n, REGION, MERGE, False, BLOCK_K
+    place = offs_n[:, None] * AREA + offs_k
+    token = block_to_token(
+        geometry_ptr, num_grids, search_steps, place, REGION, MERGE, BY_COLUMN=False
     )
     query_ptrs = (query_ptr + offs_n * stride_query_n * STRIDE_UNIT)[:, None] + offs_c
     token_ptrs = (tokens_ptr + token * stride_tokens_t * STRIDE_UNIT)[:, :, None] + offs_c
@@ -65,7 +66,7 @@ def _attend_kernel(
     s = tl.where(offs_k < AREA, s * softmax_scale, float("-inf"))
     p = tl.exp(s - tl.max(s, axis=1)[:, None])
     p *= tl.div_rn(1.0, tl.sum(p, axis=1))[:, None]
-    tl.store(p_ptr + offs_n[:, None] * AREA + offs_k, p, mask=mask_k)
+    tl.store(p_ptr + place, p, mask=mask_k)
 
     # y = sum_k (1 / r^2 + p[k]) x[k]
     weight = 1.0 / AREA + p
@@ -113,15 +114,16 @@ def _attend_bwd_kernel(
     mask_n = offs_n < num_cells
     mask_k = mask_n[:, None] & (offs_k < AREA)
 
-    token = tokens_of_blocks(
-        geometry_ptr, num_grids, search_steps, offs_n, REGION, MERGE, False, BLOCK_K
+    place = offs_n[:, None] * AREA + offs_k
+    token = block_to_token(
+        geometry_ptr, num_grids, search_steps, place, REGION, MERGE, BY_COLUMN=False
     )
     grad_ptrs = (grad_ptr + offs_n * stride_grad_n * STRIDE_UNIT)[:, None] + offs_c
     query_ptrs = (query_ptr + offs_n * stride_query_n * STRIDE_UNIT)[:, None] + offs_c
     token_ptrs = (tokens_ptr + token * stride_tokens_t * STRIDE_UNIT)[:, :, None] + offs_c
     grad_query_ptrs = (grad_query_ptr + offs_n * NUM_CHANNELS)[:, None] + offs_c
     grad_token_ptrs = (grad_tokens_ptr + token * NUM_CHANNELS)[:, :, None] + offs_c
-    p = tl.load(p_ptr + offs_n[:, None] * AREA + offs_k, mask=mask_k, other=0.0)
+    p = tl.load(p_ptr + place, mask=mask_k, other=0.0)
 
     # grad_p[k] = grad . x[k]
     x = tl.zeros((BLOCK_N, BLOCK_K, BLOCK_C), tokens_ptr.dtype.element_ty)
@@ -209,7 +211,7 @@ def _launch(
     region: int,
     softmax_scale: float,
 ) -> None:
-    """Launch ``kernel`` on tiles of whole cells, of 2**15 elements at most."""
+    """Launch ``kernel`` on tiles of whole cells, and of all channels up to 2**14 elements."""
     num_cells, num_channels = strided[0].shape
     if num_cells == 0:
         return
@@ -217,9 +219,9 @@ def _launch(
     unit = 8 if all(x.stride(0) % 8 == 0 for x in strided) else 1
     block_k = triton.next_power_of_2(region * region)
     block_c = triton.next_power_of_2(num_channels)
-    if block_k * block_c > 2**15:
-        block_c = 2**14 // block_k
-    block_n = max(1, 4096 // (block_k * block_c))
+    if block_k * block_c > 2**14:
+        block_c = 2**13 // block_k
+    block_n = max(1, 2**11 // (block_k * block_c))
     kernel[(triton.cdiv(num_cells, block_n),)](
         *tensors,
         num_grids,
@@ -234,7 +236,7 @@ def _launch(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
-        num_warps=8 if block_k * block_c > 2**13 else 4,
+        num_warps=8 if block_k * block_c > 2**12 else 4,
         num_stages=1,  # a tile is in registers: none in shared memory
         **compiler_options(),
     )

@@ -124,6 +124,21 @@ assert "is not as accurate as eager" in refused(_harness._check_accuracy, subjec
     )
 
 
+def test_packing_is_compared_with_the_usual_ways_and_the_bounds(tmp_path):
+    printed = _python("bench_packing.py", "--quick", "--out", tmp_path)
+    results = json.loads((tmp_path / "packing.json").read_text())
+    assert results["machine"].keys() >= {"commit", "device"}
+    pack = {row["name"]: row for row in results["pack"]}
+    assert pack["lower bound"]["sequences"] <= pack["pack"]["sequences"]
+    assert pack["pack"]["sequences"] <= pack["first fit decreasing"]["sequences"]
+    assert pack["pack"]["sequences"] < pack["in order"]["sequences"]
+    assert all(0 < row["fill"] <= 1 and str(row["sequences"]) in printed for row in pack.values())
+    assert results["balance"]
+    for row in results["balance"]:
+        assert 1 <= row["lower bound"] <= row["balance"] + 1e-9 < row["in turn"]
+        assert row["batches"] == results["images"] // row["images"]
+
+
 def test_a_second_run_takes_the_place_of_the_first(run, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(run[0]))

@@ -22,7 +22,7 @@ LAYERS = {
     "patchpack.packing": "numpy torch",
     "patchpack.layout": "numpy torch patchpack.packing",
     "patchpack._resampling": "numpy torch",
-    "patchpack.reference": "torch patchpack.layout patchpack.packing patchpack._resampling",
+    "patchpack.reference": "torch patchpack._resampling patchpack.layout patchpack.packing",
     "patchpack.kernels": "torch triton patchpack._resampling",
     "patchpack._check": "torch patchpack.packing",
     "patchpack._interpreter": "numpy torch triton patchpack._interpreter_arithmetic",
@@ -34,6 +34,7 @@ LAYERS = {
     " patchpack.reference",
     "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
     " patchpack.packing",
+    "patchpack.video": "av numpy PIL patchpack.packing",
     "patchpack.models": "torch patchpack patchpack._check patchpack.packing",
     "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
     " patchpack.layout patchpack.packing patchpack.reference",
@@ -110,7 +111,17 @@ def _python(code: str, **environment: str) -> str:
 
 
 def test_importing_is_light_and_needs_no_triton():
-    heavy = {"triton", "PIL", "matplotlib", "rich", "skimage", "scipy", "pytest", "hypothesis"}
+    heavy = {
+        "triton",
+        "PIL",
+        "av",
+        "matplotlib",
+        "rich",
+        "skimage",
+        "scipy",
+        "pytest",
+        "hypothesis",
+    }
     _python(
         "import sys; sys.modules['triton'] = None\n"
         "import patchpack\n"

@@ -80,6 +80,28 @@ def test_merging_leaves_one_token_a_block(drawn):
     assert torch.equal(blocks[:, -1] // m, merged.position_ids)
 
 
+@pytest.mark.parametrize("order", [1, 2, 6])
+def test_any_order_merges_to_raster_order(order):
+    grid = PackedGrid([(2, 6, 12), (1, 6, 6)], order, merge_temporal=True)
+    merged = grid.merged(3)
+    assert merged.grid_thw.tolist() == [[2, 2, 4], [1, 2, 2]]
+    assert (merged.spatial_merge_size, merged.merge_temporal) == (1, True)
+    assert grid.num_blocks(3) == merged.num_tokens == 20
+    assert grid.merged(1).grid_thw.tolist() == grid.grid_thw.tolist()
+
+
+def test_what_does_not_divide_is_not_merged():
+    grid = PackedGrid([(4, 4), (2, 6)])
+    message = r"grid must have rows and columns that divide by 4, got \[1, 2, 6\] in grid_thw\[1\]"
+    for merge in (grid.merged, grid.num_blocks):
+        with pytest.raises(ValueError, match=message):
+            merge(4)
+    with pytest.raises(ValueError, match="merge_size must be at least 1"):
+        grid.merged(0)
+    with pytest.raises(TypeError, match="merge_size must be an int, got 2.0"):
+        grid.merged(2.0)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -109,14 +110,16 @@ def patchify(
     }
     if impl == "reference":
         return reference.patchify(images, grid, **options)
-    raise NotImplementedError
+    return torch.ops.patchpack.patchify(
+        grid.geometry, images, grid.num_tokens, grid.spatial_merge_size, *options.values()
+    )
 
 
 def _check_sizes(sizes: list[tuple[int, int, int]], grid: PackedGrid) -> None:
     """``grid`` has one of ``sizes`` for each image."""
     if len(sizes) != grid.num_grids:
         raise ValueError(f"images must be one for each of {grid.num_grids} grids, got {len(sizes)}")
-    if torch.compiler.is_compiling():  # of a grid that is made in the graph
+    if torch.compiler.is_compiling() or type(grid.grid_thw) is not Tensor:  # no values to read
         torch._check(sum(t * h * w for t, h, w in sizes) == grid.num_tokens)
         return
     for i, (size, want) in enumerate(zip(sizes, grid.grid_thw.tolist(), strict=True)):
@@ -124,3 +127,47 @@ def _check_sizes(sizes: list[tuple[int, int, int]], grid: PackedGrid) -> None:
             raise ValueError(
                 f"grid must be the patches of images, {size} of images[{i}], got {tuple(want)}"
             )
+
+
+def _fake(geometry, images, num_tokens, merge, patch_size, mean, std, temporal, layout, dtype):
+    return geometry.new_empty(num_tokens, len(mean) * temporal * patch_size**2, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    geometry, images, _, *ctx.options, _ = inputs
+    ctx.shapes = [image.shape for image in images]
+    ctx.dtype = images[0].dtype if images else None
+    ctx.save_for_backward(geometry)
+
+
+def _backward(ctx, grad):
+    sizes = [n for s in ctx.shapes for n in (s[0] if len(s) == 4 else 1, *s[-2:])]
+    flat = torch.ops.patchpack.patchify_backward(
+        grad, *ctx.saved_tensors, sizes, *ctx.options, ctx.dtype
+    )
+    parts = flat.split([math.prod(shape) for shape in ctx.shapes])
+    grads = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+    return None, grads, None, None, None, None, None, None, None, None
+
+
+def _fake_backward(grad, geometry, sizes, merge, patch_size, mean, std, temporal, layout, dtype):
+    sides = zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)
+    return grad.new_empty(len(mean) * sum(math.prod(side) for side in sides), dtype=dtype)
+
+
+_dispatch.define(
+    "patchify(Tensor geometry, Tensor[] images, SymInt num_tokens, int spatial_merge_size,"
+    " int patch_size, float[] mean, float[] std, int temporal_patch_size, str layout,"
+    " ScalarType dtype) -> Tensor",
+    "patchify:cut",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_dispatch.define(
+    "patchify_backward(Tensor grad, Tensor geometry, SymInt[] sizes, int spatial_merge_size,"
+    " int patch_size, float[] mean, float[] std, int temporal_patch_size, str layout,"
+    " ScalarType dtype) -> Tensor",
+    "patchify:cut_bwd",
+    fake=_fake_backward,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,22 +41,41 @@ def resize_images(
     Source: ``patchpack.reference.resize_images``.
     """
     images = _check.images("images", images)
-    if not images:
-        impl = "reference" if impl is None else impl
-    impl = _dispatch.resolve("resize_images", impl, images=images[0] if images else torch.empty(0))
     _check.one_of("mode", mode, FILTERS)
-    for i, image in enumerate(images):
+    if not isinstance(sizes, (list, tuple)):
+        raise TypeError(f"sizes must be a list of pairs, got {type(sizes).__name__}")
+    if len(sizes) != len(images):
+        raise ValueError(f"sizes must be one for each of {len(images)} images, got {len(sizes)}")
+    if not images:
+        return []
+    impl = _dispatch.resolve("resize_images", impl, images=images[0])
+    pairs = []
+    for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
         _check.dtype(f"images[{i}]", image, torch.uint8)
-        if 0 in image.shape[-2:]:
+        if image.shape[-2] == 0 or image.shape[-1] == 0:
             raise ValueError(f"images[{i}] must have pixels, got {list(image.shape)}")
-    pairs = [_check.integers(f"sizes[{i}]", size) for i, size in enumerate(sizes)]
-    if len(pairs) != len(images):
-        raise ValueError(f"sizes must be one for each of {len(images)} images, got {len(pairs)}")
-    for i, pair in enumerate(pairs):
+        pair = _check.integers(f"sizes[{i}]", size)
         if len(pair) != 2 or min(pair) < 1:
             raise ValueError(
                 f"sizes[{i}] must be a height and a width of at least 1, got {tuple(pair)}"
             )
-    if impl == "reference" or not images:
+        pairs.append((pair[0], pair[1]))
+    if impl == "reference":
         return reference.resize_images(images, pairs, mode=mode)
-    raise NotImplementedError
+    out = torch.ops.patchpack.resize_images(images, [side for pair in pairs for side in pair], mode)
+    shapes = [(*image.shape[:-2], *pair) for image, pair in zip(images, pairs, strict=True)]
+    parts = out.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _fake(images, sizes, mode):
+    planes = [math.prod(image.shape[:-2]) for image in images]
+    sides = zip(planes, sizes[::2], sizes[1::2], strict=True)
+    return images[0].new_empty(sum(math.prod(side) for side in sides))
+
+
+_dispatch.define(
+    "resize_images(Tensor[] images, SymInt[] sizes, str mode) -> Tensor",
+    "resize_images:resize",
+    fake=_fake,
+)

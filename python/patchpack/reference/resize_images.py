@@ -39,7 +39,8 @@ def resize_images(
 def _resize_axis(x: Tensor, num_out: int, mode: str) -> Tensor:
     first, weights = resampling_weights(x.shape[-1], num_out, mode)
     first, weights = first.to(x.device), weights.to(x.device)
-    total = torch.full((*x.shape[:-1], num_out), 2 ** (BITS - 1), dtype=torch.int32).to(x.device)
+    shape = (*x.shape[:-1], num_out)
+    total = torch.full(shape, 2 ** (BITS - 1), dtype=torch.int32, device=x.device)
     for k, weight in enumerate(weights):
         index = (first + k).clamp(max=x.shape[-1] - 1)  # the weight past the end is 0
         total += x.index_select(-1, index).int() * weight

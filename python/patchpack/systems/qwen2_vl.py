@@ -18,11 +18,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from patchpack import _check
+from patchpack import _check, patchify
 from patchpack.packing import PackedGrid
 from patchpack.systems import _images, _plan
 
@@ -449,45 +448,6 @@ def plan_video(
 # Patches -----------------------------------------------------------------------------------------
 
 
-def patchify(
-    frames: np.ndarray, *, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
-) -> np.ndarray:
-    """Cut frames of one size into patches, those of a language-model token next to each other.
-
-    Args:
-        frames: ``[frames, channels, height, width]``, any dtype, in pixels. The last frame is
-            repeated until the temporal patch is full; an image is one frame.
-        patch_size: Side of a patch, in pixels.
-        temporal_patch_size: Frames to a patch.
-        merge_size: Side of the block of patches that becomes one language-model token.
-
-    Returns:
-        A copy, ``[T, channels * temporal_patch_size * patch_size**2]``. Rows run over time, block
-        row, block column, row and column in the block; columns over channel, time, row, column.
-
-    Raises:
-        ValueError: ``frames`` is not of rank 4, is empty, or its sides do not divide by
-            ``patch_size * merge_size``; or one of these is not positive.
-        TypeError: ``frames`` is no array, or a size is not an integer.
-    """
-    p, tp, m = _check.whole(
-        patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
-    )
-    if not isinstance(frames, np.ndarray):
-        raise TypeError(f"frames must be an array, got {type(frames).__name__}")
-    if frames.ndim != 4 or 0 in frames.shape or any(n % (p * m) for n in frames.shape[2:]):
-        raise ValueError(
-            f"frames must have shape [frames, channels, height, width] with sides that divide by"
-            f" {p * m}, got {list(frames.shape)}"
-        )
-    missing = -len(frames) % tp
-    frames = np.concatenate([frames, *[frames[-1:]] * missing])
-    _, channels, height, width = frames.shape
-    rows, cols = height // (p * m), width // (p * m)
-    split = frames.reshape(-1, tp, channels, rows, m, p, cols, m, p)
-    return split.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * tp * p * p)
-
-
 def _default_plan(num_frames: int | None, height: int, width: int) -> Plan:
     if num_frames is None:
         return plan(height, width)
@@ -521,8 +481,9 @@ def preprocess(
         dtype: Dtype of the patches, floating; computed in float32 and rounded once.
 
     Returns:
-        The patches, ``[T, 3 * temporal_patch_size * patch_size**2]`` on the CPU, as ``patchify``
-        orders them, and their grid, in merge-block order with one attention segment a frame.
+        The patches, ``[T, 3 * temporal_patch_size * patch_size**2]`` on the CPU, with the columns
+        of ``patchpack.patchify``'s layout ``"ctpp"``, and their grid, in merge-block order with one
+        attention segment a frame.
 
     Raises:
         ValueError: An image does not fit its plan or the shapes above, floats leave 0..1, plans
@@ -543,24 +504,16 @@ def preprocess(
     ((patch_size, temporal_patch_size, merge_size),) = sizes
 
     grid = PackedGrid([p.grid_thw for p in plans], merge_size)
-    columns = temporal_patch_size * patch_size**2
-    pixels = np.empty((grid.num_tokens, 3, columns), np.float32)
-    begin = 0
-    for clip, p in zip(clips, plans, strict=True):
-        height, width = p.resized
-        frames = np.stack([np.asarray(frame.resize((width, height))) for frame in clip])  # bicubic
-        patches = patchify(  # of bytes: a quarter of the traffic of floats
-            np.moveaxis(frames, -1, 1),
-            patch_size=patch_size,
-            temporal_patch_size=temporal_patch_size,
-            merge_size=merge_size,
-        )
-        out = pixels[begin : begin + p.vit_tokens]
-        np.divide(patches.reshape(out.shape), 255, out=out, dtype=np.float32)
-        out -= center[:, None]
-        out /= scale[:, None]
-        begin += p.vit_tokens
-    return torch.from_numpy(pixels).flatten(1).to(dtype), grid
+    pixels = patchify(
+        [_images.resized(clip, *p.resized) for clip, p in zip(clips, plans, strict=True)],
+        grid,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+        mean=center.tolist(),
+        std=scale.tolist(),
+        dtype=dtype if dtype in _check.FLOATS else torch.float32,
+    )
+    return pixels.to(dtype), grid
 
 
 # Multimodal rotary position embedding ------------------------------------------------------------

@@ -65,14 +65,21 @@ def cat_grids(grids: Sequence[PackedGrid]) -> PackedGrid:
     )
 
 
-def _pack(images: Sequence[Inputs], *, along: dict[str, int]) -> Inputs:
-    """Join tensors along the dimension that ``along`` names, grids and layouts; share the rest."""
+def _pack(
+    images: Sequence[Inputs], *, along: dict[str, int] | None = None, lists: Sequence[str] = ()
+) -> Inputs:
+    """Join tensors along the dimension that ``along`` names, ``lists``, grids and layouts.
+
+    The rest is shared.
+    """
     packed = dict(images[0])
-    for name, dim in along.items():
+    for name, dim in (along or {}).items():
         packed[name] = torch.cat([image[name] for image in images], dim=dim)
+    for name in lists:
+        packed[name] = [x for image in images for x in image[name]]
     if "grid" in packed:
         packed["grid"] = cat_grids([image["grid"] for image in images])
-    if "layout" in packed:
+    if isinstance(packed.get("layout"), TokenLayout):
         packed["layout"] = TokenLayout.cat([image["layout"] for image in images])
     return packed
 
@@ -693,8 +700,8 @@ _MERGE_TOKENS = Spec(
         },
         "InternVL v1": {"sizes": [(2, 4, 6), (1, 2, 2)], "order": "column", "channels": 40},
         "float32 weights": {
-            "sizes": [(1, 4, 6), (1, 20, 18)],
-            "channels": 72,
+            "sizes": [(1, 4, 6), (1, 12, 8)],
+            "channels": 1152,
             "merge": 2,
             "order": "column",
             "norm": "merged weight bias",
@@ -734,15 +741,152 @@ _MERGE_TOKENS = Spec(
 )
 
 
+# --------------------------------------------------------------------------------------- patchify
+
+
+def _patchify_images(
+    sizes, dtype, device, seed, patch_size=4, temporal_patch_size=1, merge=1, channels=3,
+    still=False, missing=0, remainder=(0, 0), bytes_=True, **options,
+) -> list[Inputs]:  # fmt: skip
+    """Views of ``[..., H, W, C]``; ``still`` images have no frames, clips lack ``missing``."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for size in sizes:
+        t, h, w = size
+        sides = (h * patch_size + remainder[0], w * patch_size + remainder[1])
+        frames = () if still else (max(t * temporal_patch_size - missing, 0),)
+        image = torch.randint(256, (*frames, *sides, channels), generator=generator)
+        image = image.to(torch.uint8) if bytes_ else (image / 255).to(dtype)
+        images.append(
+            {
+                "images": [image.to(device).movedim(-1, -3)] if all(size) else [],
+                "grid": grid_of(size, merge, device),
+                "patch_size": patch_size,
+                "mean": [0.48145466, 0.4578275, 0.40821073, 0.5][:channels],
+                "std": [0.26862954, 0.26130258, 0.27577711, 0.5][:channels],
+                "temporal_patch_size": temporal_patch_size,
+                "dtype": dtype,
+                **options,
+            }
+        )
+    return images
+
+
+_PATCHIFY = Spec(
+    op=patchpack.patchify,
+    reference=reference.patchify,
+    make_images=_patchify_images,
+    pack=lambda images: _pack(images, lists=["images"]),
+    cases={
+        "Qwen2-VL": {
+            "sizes": [(1, 4, 6), (2, 6, 2), (1, 2, 2)],
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge": 2,
+        },
+        "floating": {
+            "sizes": [(1, 4, 6), (2, 2, 2)],
+            "temporal_patch_size": 2,
+            "merge": 2,
+            "bytes_": False,
+        },
+        "SigLIP 2": {
+            "sizes": [(1, 3, 5), (1, 2, 1)],
+            "patch_size": 16,
+            "layout": "ppc",
+            "still": True,
+        },
+        "floating, pixels left out": {
+            "sizes": [(1, 3, 5), (2, 2, 9)],
+            "layout": "ppc",
+            "remainder": (3, 2),
+            "channels": 4,
+            "bytes_": False,
+        },
+        "floating, last frame repeated": {
+            "sizes": [(2, 2, 3), (1, 1, 1), (3, 5, 2)],
+            "temporal_patch_size": 3,
+            "missing": 2,
+            "remainder": (0, 1),
+            "bytes_": False,
+        },
+        "last frame repeated": {
+            "sizes": [(2, 4, 8), (1, 8, 4)],
+            "temporal_patch_size": 4,
+            "missing": 3,
+            "merge": 4,
+            "channels": 1,
+        },
+        "many images": {
+            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(17)],
+            "patch_size": 2,
+            "still": True,
+        },
+    },
+    grads=("images",),
+    lists=True,
+)
+
+
+# ---------------------------------------------------------------------------------- resize_images
+
+
+def _resize_images(
+    sizes, dtype, device, seed, scale=(0.7, 1.4), still=False, channels=3, **options
+) -> list[Inputs]:
+    """``scale`` is what height and width are multiplied by, 4 pixels for each of ``sizes``."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for t, h, w in sizes:
+        frames = () if still else (t,)
+        image = torch.randint(256, (*frames, 4 * h, 4 * w, channels), generator=generator)
+        image = image.to(device, torch.uint8).movedim(-1, -3)
+        size = tuple(max(1, round(4 * n * s)) for n, s in zip((h, w), scale, strict=True))
+        images.append(
+            {
+                "images": [image] if image.numel() else [],
+                "sizes": [size] if image.numel() else [],
+                **options,
+            }
+        )
+    return images
+
+
+_RESIZE_IMAGES = Spec(
+    op=patchpack.resize_images,
+    reference=reference.resize_images,
+    make_images=_resize_images,
+    pack=lambda images: _pack(images, lists=["images", "sizes"]),
+    cases={
+        "bicubic": {"sizes": [(1, 7, 9), (2, 3, 5), (1, 1, 1)]},
+        "bilinear": {"sizes": [(1, 7, 9), (2, 3, 5)], "mode": "bilinear"},
+        "smaller": {"sizes": [(1, 10, 40), (1, 3, 7)], "scale": (0.3, 0.4), "still": True},
+        "far smaller": {"sizes": [(1, 10, 13)], "scale": (0.05, 0.1), "channels": 1},
+        "larger": {"sizes": [(1, 3, 11), (1, 2, 2)], "scale": (3.3, 4.1), "channels": 4},
+        "height alone": {"sizes": [(1, 5, 5), (1, 9, 3)], "scale": (1.8, 1.0)},
+        "many images": {
+            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(9)],
+            "mode": "bilinear",
+            "scale": (1.3, 0.6),
+            "still": True,
+        },
+    },
+    grads=(),
+    lists=True,
+)
+
+
 SPECS: dict[str, Spec] = {
     "assemble": _ASSEMBLE,
     "rope": _ROPE,
     "rope_2d": _ROPE_2D,
     "mrope": _MROPE,
     "interpolate_tokens": _INTERPOLATE_TOKENS,
-    "merge_tokens": _MERGE_TOKENS,
-    "region_attention": _REGION_ATTENTION,
+    "patchify": _PATCHIFY,
+    "resize_images": _RESIZE_IMAGES,
     "add_pos_embed": _ADD_POS_EMBED,
     "scatter_tokens": _SCATTER_TOKENS,
+    "merge_tokens": _MERGE_TOKENS,
+    "region_attention": _REGION_ATTENTION,
     "varlen_attention": _VARLEN_ATTENTION,
 }

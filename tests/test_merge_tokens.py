@@ -1,0 +1,209 @@
+"""``merge_tokens``: InternVL's own values, torch's LayerNorm, hand-made cases, messages."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from patchpack import PackedGrid, merge_tokens
+from patchpack.testing import compiled
+
+IMPLS = ("reference", "triton")
+GOLDEN = [
+    case
+    for case in json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
+    if case["function"] == "internvl.pixel_shuffle"
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["inputs"]["ps_version"])
+def test_internvl_shuffles_pixels_with_it(case, impl):
+    b, rows, cols, width = case["outputs"]["shape"]
+    by_column = case["inputs"]["ps_version"] == "v1"  # whose output is transposed
+    rows, cols = (cols, rows) if by_column else (rows, cols)
+    grid = PackedGrid([(b, 2 * rows, 2 * cols)])
+    x = torch.arange(grid.num_tokens * width / 4).reshape(grid.num_tokens, -1)
+    y = merge_tokens(x, grid, order="column" if by_column else "row", impl=impl)
+    assert y.flatten().tolist() == torch.tensor(case["outputs"]["y"]).flatten().tolist()
+
+
+def by_loops(x, grid, m, order):
+    """Merged tokens, one by one; ``x`` is in raster order."""
+    merged, first = [], 0
+    for t, h, w in grid.grid_thw.tolist():
+        for _ in range(t):
+            places = [(i, j) for i in range(h // m) for j in range(w // m)]
+            if order == "column":
+                places.sort(key=lambda place: place[::-1])
+            for i, j in places:
+                block = [(i * m + r) * w + j * m + c for r in range(m) for c in range(m)]
+                merged.append(torch.cat([x[first + token] for token in block]))
+            first += h * w
+    return torch.stack(merged)
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+@pytest.mark.parametrize(("merge", "m"), [(1, 2), (2, 2), (1, 3), (2, 3), (3, 2), (6, 1), (1, 6)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_order_gives_the_tokens_of_plain_loops(merge, m, order, impl):
+    grid = PackedGrid([(2, 6, 12), (1, 12, 6)], merge)
+    raster = torch.randn(grid.num_tokens, 3)
+    row, col = grid.position_ids.T
+    first = torch.arange(grid.num_tokens) // 72 * 72
+    tokens = raster[first + row * torch.where(first < 144, 12, 6) + col]
+    got = merge_tokens(tokens, grid, order=order, merge_size=m, impl=impl)
+    assert torch.equal(got, by_loops(raster, grid, m, order))
+    if order == "row":
+        assert grid.merged(m).num_tokens == len(got)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_merge_blocks_are_reshaped(impl):
+    grid = PackedGrid([(4, 6), (2, 2)], 2)
+    x = torch.randn(28, 5)
+    assert torch.equal(merge_tokens(x, grid, impl=impl), x.reshape(7, 20))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("params", [("weight", "bias"), ("weight",), ("bias",)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_norm_is_that_of_torch(params, size, impl):
+    grid = PackedGrid([(2, 4, 6), (1, 8, 2)])
+    given = {name: torch.randn(size * 24) for name in params}
+    arguments = {"x": 3 * torch.randn(64, 24) + 1, **given}
+    results = []
+    for merged in (True, False):
+        leaves = {name: p.clone().requires_grad_() for name, p in arguments.items()}
+        x, affine = leaves["x"], [leaves.get(name) for name in ("weight", "bias")]
+        if merged:
+            y = merge_tokens(x, grid, weight=affine[0], bias=affine[1], eps=1e-3, impl=impl)
+        elif size == 1:
+            normed = functional.layer_norm(x, (24,), *affine, 1e-3)
+            y = by_loops(normed, grid, 2, "row")
+        else:
+            y = functional.layer_norm(by_loops(x, grid, 2, "row"), (96,), *affine, 1e-3)
+        y.backward(torch.sin(torch.arange(y.numel()).reshape(y.shape)))
+        results.append([y, *(leaf.grad for leaf in leaves.values())])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_large_mean_costs_no_more_than_in_torch(size):
+    grid, offset = PackedGrid([(8, 8)], 2), 1000.0
+    x = torch.randn(64, 48) + offset
+    weight = torch.ones(size * 48)
+    exact = functional.layer_norm(x.double().reshape(-1, size * 48), (size * 48,))
+    eager = functional.layer_norm(x.reshape(-1, size * 48), (size * 48,)) - exact
+    got = merge_tokens(x, grid, weight=weight, eps=1e-5, impl="triton").reshape(exact.shape) - exact
+    assert got.abs().max() <= 2 * eager.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.float16])
+def test_weights_keep_their_dtype(params):
+    grid = PackedGrid([(4, 4)])
+    x = torch.randn(16, 8).bfloat16().requires_grad_()
+    weight = torch.randn(32, dtype=params, requires_grad=True)
+    bias = torch.randn(32, requires_grad=True)
+    y = merge_tokens(x, grid, weight=weight, bias=bias, impl="triton")
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    assert weight.grad.dtype == params
+    assert bias.grad.tolist() == [4.0] * 32
+
+
+def test_weights_may_be_strided():
+    grid, x = PackedGrid([(4, 4)]), torch.randn(16, 8)
+    weight, bias = torch.randn(32, 2).unbind(1)
+    got = merge_tokens(x, grid, weight=weight, bias=bias, impl="triton")
+    want = merge_tokens(x, grid, weight=weight.contiguous(), bias=bias.contiguous(), impl="triton")
+    assert torch.equal(got, want)
+
+
+def test_sums_of_weights_do_not_depend_on_who_is_asked():
+    grid = PackedGrid([(40, 40)], 2)
+    x, cotangent = torch.randn(1600, 8), torch.randn(400, 32)
+    grads = []
+    for wants in (("weight",), ("weight", "bias")):
+        affine = {name: torch.ones(32, requires_grad=name in wants) for name in ("weight", "bias")}
+        merge_tokens(x, grid, **affine, impl="triton").backward(cotangent)
+        grads.append(affine["weight"].grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "launches"), [(40, None, (1, 1)), (1280, 1, (1, 2)), (1024, 4, (1, 2))]
+)
+def test_launches_are_few_and_wide(channels, size, launches):
+    grid = PackedGrid([(4, 6), (8, 2)])
+    x = torch.zeros(40, channels, dtype=torch.bfloat16, requires_grad=True)
+    affine = {
+        n: torch.ones(size * channels, requires_grad=True) for n in ("weight", "bias") if size
+    }
+    with compiled.session("sm_90") as forward:
+        y = merge_tokens(x, grid, **affine, impl="triton")
+    with compiled.session("sm_90") as backward:
+        y.backward(torch.zeros_like(y))
+    assert (len(forward), len(backward)) == launches
+    assert forward[0].wide_stores and forward[0].wide_loads
+    assert backward[0].wide_stores and backward[0].wide_loads
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = merge_tokens(x, PackedGrid([(2, 2)]), weight=torch.ones(12), impl="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="merge_tokens_backward has no gradient"):
+        grad.sum().backward()
+
+
+def test_maps_of_odd_size_are_refused_in_a_compiled_graph():
+    compiled = torch.compile(merge_tokens, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"grid must have rows and columns that divide by 2"):
+        compiled(torch.zeros(15, 4), PackedGrid([(3, 5)]), impl="triton")
+
+
+X = torch.zeros(24, 4)
+GRID = PackedGrid([(4, 6)], 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, r"x must be a tensor, got list"),
+        ({"x": X[0]}, ValueError, r"x must have shape \[\*, \*\], got \[4\]"),
+        ({"x": X.int()}, TypeError, r"x must be float32 or .*got int32"),
+        ({"x": X[:5]}, ValueError, r"x must have the 24 tokens of grid, got \[5, 4\]"),
+        ({"x": X[:, :0]}, ValueError, r"x must have at least one channel, got \[24, 0\]"),
+        ({"grid": [(4, 6)]}, TypeError, r"grid must be a PackedGrid, got list"),
+        ({"order": "v1"}, ValueError, r"order must be one of 'row', 'column', got 'v1'"),
+        (
+            {"merge_size": 4},
+            ValueError,
+            r"grid must have rows and columns that divide by 4, got \[1, 4, 6\] in grid_thw\[0\]",
+        ),
+        ({"merge_size": 0}, ValueError, r"merge_size must be at least 1, got 0"),
+        ({"merge_size": 65}, ValueError, r"merge_size must be at most 64, got 65"),
+        ({"merge_size": 2.0}, TypeError, r"merge_size must be an integer, got 2.0"),
+        ({"weight": X}, ValueError, r"weight must have shape \[\*\], got \[24, 4\]"),
+        (
+            {"weight": X[0, :3]},
+            ValueError,
+            r"weight must have the 4 channels of x or the 16 of a merged token, got 3",
+        ),
+        ({"bias": X[:2].flatten()}, ValueError, r"bias must have the 4 channels .* got 8"),
+        ({"weight": X[0], "bias": X[:4].flatten()}, ValueError, r"bias must have shape \[4\]"),
+        ({"weight": X[0].int()}, TypeError, r"weight must be float32 or .*got int32"),
+        ({"weight": 1.0}, TypeError, r"weight must be a tensor, got float"),
+        ({"weight": X[0].to("meta")}, ValueError, r"weight must be on the device of x, cpu"),
+        ({"eps": 0.0}, ValueError, r"eps must be above 0, got 0.0"),
+        ({"eps": math.nan}, ValueError, r"eps must be above 0, got nan"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message, impl):
+    with pytest.raises(error, match=message):
+        merge_tokens(**{"x": X, "grid": GRID, **change}, impl=impl)
