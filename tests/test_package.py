@@ -30,16 +30,17 @@ LAYERS = {
     "patchpack._dispatch": "torch patchpack._interpreter",
     "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack._resampling"
     " patchpack.layout patchpack.packing patchpack.reference",
-    "patchpack.__init__": "patchpack._dispatch patchpack.layout patchpack.ops patchpack.packing"
-    " patchpack.reference",
-    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
-    " patchpack.packing",
     "patchpack.video": "av numpy PIL patchpack.packing",
+    "patchpack.metadata": "torch patchpack._check patchpack.packing",
+    "patchpack.__init__": "patchpack._dispatch patchpack.layout patchpack.metadata patchpack.ops"
+    " patchpack.packing patchpack.reference",
+    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
+    " patchpack.metadata patchpack.packing",
     "patchpack.models": "torch patchpack patchpack._check patchpack.packing",
     "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
     " patchpack.layout patchpack.packing patchpack.reference",
     "patchpack.cli": "matplotlib numpy PIL rich skimage torch triton patchpack patchpack._dispatch"
-    " patchpack.models patchpack.packing patchpack.systems patchpack.testing",
+    " patchpack.models patchpack.packing patchpack.systems patchpack.testing patchpack.video",
     "patchpack.__main__": "patchpack.cli",
 }
 

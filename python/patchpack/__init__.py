@@ -1,6 +1,6 @@
 """Fused kernels for the ragged middle of native-resolution vision-language models."""
 
-from patchpack import reference
+from patchpack import metadata, reference
 from patchpack._dispatch import available
 from patchpack.layout import TokenLayout
 from patchpack.ops.add_pos_embed import add_pos_embed
@@ -27,6 +27,7 @@ __all__ = [
     "available",
     "interpolate_tokens",
     "merge_tokens",
+    "metadata",
     "mrope",
     "patchify",
     "reference",
