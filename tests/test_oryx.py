@@ -458,7 +458,7 @@ def token_path_by_hand(path, x, plans):
     return torch.cat(sequence)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(st.sampled_from(BATCH), max_size=5))
 def test_the_token_path_is_loops_over_rows(plans):
     path = TokenPath(4, 6).double()

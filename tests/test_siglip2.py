@@ -30,7 +30,7 @@ def test_the_size_of_an_image_is_the_originals(case):
     assert p.vit_tokens == p.llm_tokens == p.total_tokens == outputs["patches"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(SIZES, SIZES, st.sampled_from([14, 16]), st.integers(1, 4096))
 def test_every_size_is_that_of_transformers(height, width, patch_size, budget):
     module = pytest.importorskip("transformers.models.siglip2.image_processing_pil_siglip2")
@@ -125,7 +125,7 @@ def test_preprocess_names_what_it_refuses():
 
 # Positions and pooling ---------------------------------------------------------------------------
 
-GRIDS = [(3, 5), (16, 16), (8, 2), (1, 1)]
+GRIDS = [(3, 5), (6, 6), (8, 2), (1, 1)]
 LENGTHS = [h * w for h, w in GRIDS]
 
 
@@ -137,7 +137,7 @@ def original():
     from transformers.models.siglip2 import modeling_siglip2 as module
 
     config = Siglip2VisionConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=4, patch_size=4
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, patch_size=4, num_patches=36
     )
     config._attn_implementation = "eager"
     embeddings = module.Siglip2VisionEmbeddings(config)
@@ -155,7 +155,7 @@ def padded(x):
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_embeddings_are_those_of_transformers(original, impl):
-    embeddings = Embeddings(32, patch_size=4, impl=impl)
+    embeddings = Embeddings(32, patch_size=4, table_side=6, impl=impl)
     embeddings.load_state_dict(original[0].state_dict())
     pixels = torch.randn(sum(LENGTHS), 48)
     batch, mask = padded(pixels)
