@@ -15,9 +15,7 @@ _ROWS_A_PIECE = 256
 _MOST_PIECES = 128
 
 
-@triton.jit(
-    do_not_specialize=["batch_rows", "num_rows", "piece_rows", "num_pieces", "stride_x_b"]
-)
+@triton.jit(do_not_specialize=["batch_rows", "num_rows", "piece_rows", "num_pieces", "stride_x_b"])
 def _sum_pieces_kernel(
     # tensors
     x_ptr,  # [B, R, C]
