@@ -60,7 +60,7 @@ def region_attention(
     if region > 64:
         raise ValueError(f"region must be at most 64, got {region}")
     num_cells = grid.num_blocks(region)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(num_cells, torch.SymInt):
         torch._check(query.shape[0] == num_cells)
     elif query.shape[0] != num_cells:
         raise ValueError(f"query must have the {num_cells} cells of grid, got {list(query.shape)}")

@@ -636,12 +636,13 @@ _REGION_ATTENTION = Spec(
     make_images=_region_images,
     pack=lambda images: _pack(images, along={"query": 0, "tokens": 0}),
     cases={
-        "Oryx, video": {"sizes": [(2, 4, 6), (1, 2, 2), (1, 8, 4)], "channels": 1152},
-        "Oryx, long video": {"sizes": [(1, 4, 8), (2, 8, 4)], "channels": 1152, "region": 4},
-        "Oryx, image": {"sizes": [(1, 3, 5), (1, 1, 1)], "channels": 72, "region": 1},
+        "ragged": {"sizes": [(2, 4, 6), (1, 2, 2), (1, 8, 4)], "channels": 72},
         "blocks": {"sizes": [(1, 4, 8), (2, 8, 4)], "merge": 4, "channels": 40},
+        "Oryx, image": {"sizes": [(1, 3, 5), (1, 1, 1)], "channels": 72, "region": 1},
+        "Oryx, video": {"sizes": [(2, 2, 6), (1, 2, 2)], "channels": 1152},
+        "Oryx, long video": {"sizes": [(1, 4, 8), (2, 8, 4)], "channels": 1152, "region": 4},
         "cells across blocks": {
-            "sizes": [(1, 6, 12), (2, 6, 6)],
+            "sizes": [(1, 6, 12), (1, 6, 6)],
             "merge": 2,
             "region": 3,
             "channels": 5,
@@ -666,7 +667,9 @@ def _merge_images(
     m = merge_size or (2 if merge == 1 else merge)
     size = channels if "token" in norm else m * m * channels
     affine = {
-        name: torch.randn(size, generator=generator).to(device, params or dtype)
+        name: torch.randn(size, generator=generator).to(
+            device, torch.promote_types(dtype, params or dtype)
+        )
         if name in norm
         else None
         for name in ("weight", "bias")
@@ -688,19 +691,19 @@ _MERGE_TOKENS = Spec(
     cases={
         "InternVL": {
             "sizes": [(2, 4, 4), (1, 8, 8)],
-            "channels": 1024,
+            "channels": 64,
             "norm": "merged weight bias",
             "eps": 1e-5,
         },
         "Qwen2-VL": {
             "sizes": [(1, 4, 6), (2, 2, 2), (1, 8, 4)],
-            "channels": 1280,
+            "channels": 80,
             "merge": 2,
             "norm": "token weight bias",
         },
         "InternVL v1": {"sizes": [(2, 4, 6), (1, 2, 2)], "order": "column", "channels": 40},
         "float32 weights": {
-            "sizes": [(1, 4, 6), (1, 12, 8)],
+            "sizes": [(1, 4, 6), (1, 12, 6)],
             "channels": 1152,
             "merge": 2,
             "order": "column",
@@ -708,7 +711,7 @@ _MERGE_TOKENS = Spec(
             "params": torch.float32,
         },
         "weight alone, across blocks": {
-            "sizes": [(1, 6, 12), (2, 6, 6)],
+            "sizes": [(1, 6, 12), (1, 6, 6)],
             "channels": 5,
             "merge": 2,
             "merge_size": 3,
@@ -720,15 +723,16 @@ _MERGE_TOKENS = Spec(
             "merge_size": 1,
             "norm": "token bias",
         },
-        "many channels": {
-            "sizes": [(1, 2, 4), (1, 4, 4)],
-            "channels": 3200,
+        "more than registers hold": {
+            "sizes": [(1, 3, 6), (1, 3, 3)],
+            "channels": 520,
+            "merge_size": 3,
             "norm": "merged weight bias",
         },
-        "blocks of 8": {
-            "sizes": [(1, 8, 16), (1, 8, 8)],
-            "channels": 520,
-            "merge_size": 8,
+        "blocks of 4": {
+            "sizes": [(1, 4, 4), (1, 4, 4)],
+            "channels": 1280,
+            "merge_size": 4,
             "norm": "token weight bias",
         },
         "many images": {
