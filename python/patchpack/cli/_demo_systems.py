@@ -37,8 +37,8 @@ SMALL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"hidden_size": 72, "num_heads": 1, "out_size": None},
     ),
     "oryx": (
-        {"maxres": 160, "lowres": 96},
-        {"maxres": 128, "minres": 64, "frames_upbound": 3},
+        {"maxres": 160, "lowres": 128},
+        {"maxres": 192, "minres": 160, "frames_upbound": 2},
         {"hidden_size": 72, "num_heads": 1, "pos_table": (24, 24)},
     ),
     "qwen2_vl": (
