@@ -102,7 +102,9 @@ def _assemble_kernel(
     first_x, _, distance_x, unit_x, size_x = find_taps(
         col, width, tl.maximum(cols, 1), "bilinear", False, False, NUM_TAPS=2
     )
-    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    nothing = tl.zeros((BLOCK_T, BLOCK_C), tl.float32) * -1.0  # -0.0: added, it changes no bits
+    absent = nothing.to(tokens_ptr.dtype.element_ty)
+    acc = nothing
     for ky in range(2):
         weight_y = weight_at(distance_y + ky * unit_y, size_y, "bilinear", False)
         y = top + tl.minimum(tl.maximum(first_y + ky, 0), height - 1)
@@ -116,7 +118,7 @@ def _assemble_kernel(
                 tokens_ptr, token, batch_rows, stride_tokens_b, stride_tokens_r, STRIDE_UNIT
             )
             read = (mask_t & ~is_vector & (weight != 0.0))[:, None] & mask_c
-            values = tl.load(taps[:, None] + offs_c[None, :], mask=read, other=0.0)
+            values = tl.load(taps[:, None] + offs_c[None, :], mask=read, other=absent)
             acc += weight[:, None] * values.to(tl.float32)
 
     if HAS_VECTORS:

@@ -304,6 +304,13 @@ FAULTS = [
         "tests/test_assemble.py -k keeps_nan_out",
     ),
     Fault(
+        "assemble: a copied zero loses its sign",
+        "kernels/assemble.py",
+        "nothing = tl.zeros((BLOCK_T, BLOCK_C), tl.float32) * -1.0",
+        "nothing = tl.zeros((BLOCK_T, BLOCK_C), tl.float32) * 1.0",
+        "tests/test_assemble.py -k not_resized",
+    ),
+    Fault(
         "assemble: joined images all read the first",
         "python/patchpack/layout.py",
         "replace(part, first=part.first + shift)",

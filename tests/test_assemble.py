@@ -119,8 +119,11 @@ def test_what_is_not_resized_is_copied(dtype):
     layout = TokenLayout([FeatureMap(0, (3, 2), (2, 2), crop=(1, 0, 4, 3), newline=1), Vector(0)])
     tokens, vectors = torch.randn(24, 5).to(dtype), torch.randn(2, 5).to(dtype)
     tokens[0] = float("nan")  # cropped
+    tokens[2], vectors[0] = -0.0, -0.0
     got = assemble(tokens, vectors, layout, impl="triton")
-    assert torch.equal(got, assemble(tokens, vectors, layout, impl="reference"))
+    want = assemble(tokens, vectors, layout, impl="reference")
+    assert torch.equal(got, want)
+    assert torch.equal(got.signbit(), want.signbit())
 
 
 def test_a_weight_of_zero_keeps_nan_out():

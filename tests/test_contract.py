@@ -35,6 +35,18 @@ def test_half_precision_keeps_the_bits_of_its_batch(op):
             CHECKS[check](subject)
 
 
+@pytest.mark.parametrize("op", SPECS)
+def test_autocast_does_not_reach_the_reference(op):
+    subject = Subject(op, next(iter(SPECS[op].cases)), torch.float16, "reference")
+    inputs = subject.inputs()
+    want = tensors(subject(inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = tensors(subject(inputs))
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
 # faults that no kernel has are seen
 
 READS = {

@@ -140,6 +140,11 @@ def test_what_cannot_be_laid_out_is_named(part, error, message):
         TokenLayout([FeatureMap(100, HW), part])
 
 
+def test_a_part_that_is_not_in_a_list_is_named():
+    with pytest.raises(TypeError, match=r"parts must be FeatureMaps and Vectors, got Vector"):
+        TokenLayout(Vector(0))
+
+
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [

@@ -165,6 +165,15 @@ def test_launches_are_few_and_wide(channels, size, launches):
         assert launch.wide_stores
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shapes_are_known_on_meta(impl):
+    grid = PackedGrid([(4, 4)], device="meta")
+    x = torch.empty(16, 8, device="meta")
+    out = merge_tokens(x, grid, impl=impl)
+    assert out.device.type == "meta"
+    assert len(out) == 4
+
+
 def test_a_second_derivative_is_refused():
     x = torch.randn(4, 3, requires_grad=True)
     y = merge_tokens(x, PackedGrid([(2, 2)]), weight=torch.ones(12), impl="triton")

@@ -184,7 +184,13 @@ CALL = {"images": [IMAGE], "grid": PackedGrid([(2, 3)]), "patch_size": 4, **plai
         ({"mean": [], "std": []}, ValueError, r"mean and std must be one for each channel"),
         ({"mean": [0, 0, math.nan]}, ValueError, r"mean must be finite"),
         ({"mean": 0.5}, TypeError, r"mean must be numbers, got 0.5"),
+        ({"mean": "123"}, TypeError, r"mean must be numbers, got '123'"),
+        ({"mean": [True] * 3}, TypeError, r"mean must be numbers, got \[True, True, True\]"),
+        ({"std": torch.ones(3)}, TypeError, r"std must be numbers, got tensor"),
+        ({"std": [torch.ones(())] * 3}, TypeError, r"std must be numbers, got \[tensor"),
         ({"std": [1, 0, 1]}, ValueError, r"std must be above 0, got 0"),
+        ({"std": [1, 1, 1e-39]}, ValueError, r"std must be at least 2\*\*-126, got 1e-39"),
+        ({"layout": np.ones(2)}, ValueError, r"layout must be one of 'ctpp', 'ppc', got array"),
         ({"layout": "cpp"}, ValueError, r"layout must be one of 'ctpp', 'ppc', got 'cpp'"),
         (
             {"layout": "ppc", "temporal_patch_size": 2},

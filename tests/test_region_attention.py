@@ -100,6 +100,15 @@ def test_a_constant_added_to_all_scores_of_a_cell_changes_nothing():
     torch.testing.assert_close(shifted, y, rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shapes_are_known_on_meta(impl):
+    grid = PackedGrid([(4, 4)], device="meta")
+    x = torch.empty(16, 8, device="meta")
+    out = region_attention(x[:4], x, grid, 2, impl=impl)
+    assert out.device.type == "meta"
+    assert len(out) == 4
+
+
 def test_a_second_derivative_is_refused():
     query, tokens = torch.randn(1, 4), torch.randn(4, 4, requires_grad=True)
     y = region_attention(query, tokens, PackedGrid([(2, 2)]), 2, impl="triton")

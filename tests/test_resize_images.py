@@ -130,6 +130,7 @@ IMAGE = noise(3, 8, 12)
         ({"images": [IMAGE[:, :0]]}, ValueError, r"images\[0\] must have pixels, got \[3, 0, 12\]"),
         ({"sizes": []}, ValueError, r"sizes must be one for each of 1 images, got 0"),
         ({"sizes": [(0, 4)]}, ValueError, r"sizes\[0\] must be a height and a width .*\(0, 4\)"),
+        ({"sizes": [(2**40, 4)]}, ValueError, r"sizes\[0\] must be a height and a width from 1"),
         ({"sizes": [(4, 4, 4)]}, ValueError, r"sizes\[0\] must be a height and a width"),
         ({"sizes": [(4, 4.0)]}, TypeError, r"sizes\[0\] must be a list or tuple of integers"),
         ({"sizes": (4, 4), "images": [IMAGE] * 2}, TypeError, r"sizes\[0\] must be a list"),

@@ -62,7 +62,7 @@ def same_device(**tensors: Tensor) -> None:
 def one_of(name: str, value: str, choices: Iterable[str]) -> None:
     """``value`` is one of ``choices``."""
     choices = tuple(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -100,11 +100,10 @@ def _limit(name: str, value: float) -> None:
 
 
 def finite(name: str, values: Sequence[float]) -> list[float]:
-    """``values`` as floats: a list, tuple or array of numbers that fit into float32."""
-    try:
-        found = [float(value) for value in values]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be numbers, got {values!r}") from None
+    """``values`` as floats: a list, tuple or NumPy array of numbers that fit into float32."""
+    if not isinstance(values, Iterable) or not all(map(_is_number, values)):
+        raise TypeError(f"{name} must be numbers, got {values!r}")
+    found = [float(value) for value in values]
     if not all(abs(value) < 2**127 for value in found):  # NaN fails
         raise ValueError(f"{name} must be finite, below 2**127, got {values!r}")
     return found
@@ -137,9 +136,13 @@ def window(name: str, sides: tuple[int, int]) -> list[int]:
     return [-1 if side >= 2**30 else side for side in pair]  # sums of int32 hold
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def positive(name: str, value: float) -> None:
     """``value`` is a number above zero that fits into float32."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not value > 0:
         raise ValueError(f"{name} must be above 0, got {value}")

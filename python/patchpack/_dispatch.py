@@ -7,6 +7,7 @@ interpreter for CPU tensors. The reference is plain eager code and needs no regi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -68,6 +69,13 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
     if reason:
         raise ValueError(f"impl={impl!r} of {op} is not available: {reason}")
     return impl
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Where references run on the device of ``x``: in the dtypes they name, as kernels do."""
+    if x.is_meta:  # it has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def define(

@@ -161,6 +161,8 @@ class TokenLayout:
         *,
         device: torch.device | str | None = None,
     ) -> None:
+        if not isinstance(parts, Iterable):
+            raise TypeError(f"parts must be FeatureMaps and Vectors, got {parts!r}")
         parts = tuple(parts)
         numbers = _checked(parts)
         rows, cols, newline = numbers[:, 9:].T

@@ -57,7 +57,8 @@ def assemble(
     _check.same_device(**given)
     _check_layout(tokens, vectors, layout)
     if impl == "reference":
-        return reference.assemble(tokens, vectors, layout)
+        with _dispatch.without_autocast(tokens):
+            return reference.assemble(tokens, vectors, layout)
     tiles = tokens if tokens.ndim == 3 else tokens[None]
     out, _ = torch.ops.patchpack.assemble(
         tiles, vectors, layout.table, layout.maps, layout.num_tokens

@@ -70,9 +70,10 @@ def interpolate_tokens(
             raise ValueError(f"{name} is for mode 'bilinear' or 'bicubic', got mode {mode!r}")
     options = {"mode": mode, "align_corners": align_corners, "antialias": antialias}
     if impl == "reference":
-        return reference.interpolate_tokens(
-            x, grid, target_hw, **options, spatial_merge_size=spatial_merge_size
-        )
+        with _dispatch.without_autocast(x):
+            return reference.interpolate_tokens(
+                x, grid, target_hw, **options, spatial_merge_size=spatial_merge_size
+            )
     target = grid.resized(target_hw, spatial_merge_size)
     out, _ = torch.ops.patchpack.interpolate_tokens(
         x,

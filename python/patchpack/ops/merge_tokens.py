@@ -84,7 +84,7 @@ def merge_tokens(
             )
     num_blocks = grid.num_blocks(merge_size)
     if impl == "reference":
-        with torch.autocast(x.device.type, enabled=False):  # its dtype is the one that is meant
+        with _dispatch.without_autocast(x):
             return reference.merge_tokens(
                 x, grid, order=order, merge_size=merge_size, weight=weight, bias=bias, eps=eps
             )

@@ -63,14 +63,15 @@ def mrope(
     _check.positive("base", base)
     _check.flags(mrope_interleaved=mrope_interleaved)
     if impl == "reference":
-        return reference.mrope(
-            q,
-            k,
-            position_ids,
-            mrope_section=sections,
-            mrope_interleaved=mrope_interleaved,
-            base=base,
-        )
+        with _dispatch.without_autocast(q):
+            return reference.mrope(
+                q,
+                k,
+                position_ids,
+                mrope_section=sections,
+                mrope_interleaved=mrope_interleaved,
+                base=base,
+            )
     return torch.ops.patchpack.mrope(
         q, k, position_ids, sections, mrope_interleaved, float(base), False
     )

@@ -70,6 +70,8 @@ def patchify(
         raise ValueError(f"mean and std must be one for each channel, got {mean} and {std}")
     for value in std:
         _check.positive("std", value)
+        if value < 2**-126:  # below, float32 may not hold its inverse
+            raise ValueError(f"std must be at least 2**-126, got {value}")
     _check.one_of("layout", layout, ("ctpp", "ppc"))
     if layout == "ppc" and temporal_patch_size != 1:
         raise ValueError(
@@ -109,7 +111,8 @@ def patchify(
         "dtype": dtype,
     }
     if impl == "reference":
-        return reference.patchify(images, grid, **options)
+        with _dispatch.without_autocast(grid.geometry):
+            return reference.patchify(images, grid, **options)
     return torch.ops.patchpack.patchify(
         grid.geometry, images, grid.num_tokens, grid.spatial_merge_size, *options.values()
     )

@@ -68,7 +68,7 @@ def region_attention(
         _check.positive("softmax_scale", softmax_scale)
     scale = num_channels**-0.5 if softmax_scale is None else float(softmax_scale)
     if impl == "reference":
-        with torch.autocast(query.device.type, enabled=False):  # its dtype is the one that is meant
+        with _dispatch.without_autocast(query):
             return reference.region_attention(query, tokens, grid, region, softmax_scale=scale)
     out, _ = torch.ops.patchpack.region_attention(
         query, tokens, grid.geometry, grid.spatial_merge_size, region, scale

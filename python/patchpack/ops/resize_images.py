@@ -63,9 +63,9 @@ def resize_images(
         if image.shape[-2] == 0 or image.shape[-1] == 0:
             raise ValueError(f"images[{i}] must have pixels, got {list(image.shape)}")
         pair = _check.integers(f"sizes[{i}]", size)
-        if len(pair) != 2 or min(pair) < 1:
+        if len(pair) != 2 or not 1 <= min(pair) <= max(pair) < 2**31:
             raise ValueError(
-                f"sizes[{i}] must be a height and a width of at least 1, got {tuple(pair)}"
+                f"sizes[{i}] must be a height and a width from 1 to 2**31 - 1, got {tuple(pair)}"
             )
         pairs.append((pair[0], pair[1]))
     if impl == "reference":

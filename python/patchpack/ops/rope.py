@@ -63,7 +63,8 @@ def rope(
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient: rope gives it none")
     if impl == "reference":
-        return reference.rope(q, k, cos, sin, interleaved=interleaved)
+        with _dispatch.without_autocast(q):
+            return reference.rope(q, k, cos, sin, interleaved=interleaved)
     if width > half:
         cos, sin = cos[:, : width // 2], sin[:, : width // 2]
     return torch.ops.patchpack.rope(q, k, cos, sin, interleaved, False)

@@ -55,7 +55,8 @@ def rope_2d(
     _check.flags(interleaved=interleaved)
     _check.one_of("axes", axes, ("split", "even_odd", "paired"))
     if impl == "reference":
-        return reference.rope_2d(q, k, grid, base=base, interleaved=interleaved, axes=axes)
+        with _dispatch.without_autocast(q):
+            return reference.rope_2d(q, k, grid, base=base, interleaved=interleaved, axes=axes)
     return torch.ops.patchpack.rope_2d(
         q, k, grid.geometry, grid.spatial_merge_size, float(base), interleaved, axes, False
     )

@@ -101,7 +101,7 @@ def varlen_attention(
     left, right = _check.window("window_size", window_size)
     _check.flags(causal=causal, return_lse=return_lse)
     if impl == "reference":
-        with torch.autocast(q.device.type, enabled=False):  # q's dtype is the one that is meant
+        with _dispatch.without_autocast(q):
             return reference.varlen_attention(
                 q,
                 k,
