@@ -193,6 +193,7 @@ def _add_bwd_kernel(
                 frame_acc -= lost
                 rounded = acc + frame_acc
                 lost = (rounded - acc) - frame_acc
+                lost = tl.where(lost == lost, lost, 0.0)  # nothing once the sum is infinite
                 acc = rounded
 
     mask = mask_col[:, None] & mask_c

@@ -181,6 +181,15 @@ def test_a_sum_over_many_frames_does_not_lose_digits():
     assert_as_accurate("table", actual, eager, gradient(reference.add_pos_embed, torch.float64))
 
 
+def test_an_infinite_gradient_stays_infinite():
+    table = torch.randn(1, 1, 3, requires_grad=True)
+    out = add_pos_embed(torch.randn(4, 3), table, PackedGrid([(4, 1, 1)]), impl="triton")
+    grad = torch.ones(4, 3)
+    grad[1, 0] = float("inf")
+    out.backward(grad)
+    assert table.grad.flatten().tolist() == [float("inf"), 4, 4]
+
+
 def test_a_second_derivative_is_refused():
     table = torch.randn(2, 2, 2, requires_grad=True)
     y = add_pos_embed(torch.randn(12, 2), table, PackedGrid([(3, 4)]), impl="triton")

@@ -56,7 +56,8 @@ def patchify(
             not the patches of ``images``. The last is not looked for inside ``torch.compile``.
         TypeError: A dtype or a type does not fit.
 
-    Computed in float32 and rounded once to ``dtype``. Source: ``patchpack.reference.patchify``.
+    Computed in float32 and rounded once to ``dtype``. Means and deviations are copied to a device
+    when they are first used there, which waits for it. Source: ``patchpack.reference.patchify``.
     """
     if not isinstance(grid, PackedGrid):
         raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")

@@ -471,6 +471,7 @@ class _Unreadable:
 def check_no_sync(subject: Subject) -> None:
     """Neither the checks nor the launches nor the backward pass read a value of a device tensor."""
     inputs = subject.inputs()
+    _run_backward(subject, inputs)  # tables that do not depend on the batch are copied once
     if subject.device == "cuda":
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -480,7 +481,6 @@ def check_no_sync(subject: Subject) -> None:
             torch.cuda.set_sync_debug_mode(mode)
         return
 
-    _run_backward(subject, inputs)  # tables of frequencies are copied once
     guard = _Unreadable()
     interpreted = _interpreter.interpreted
 
