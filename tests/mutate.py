@@ -635,7 +635,7 @@ FAULTS = [
     ),
     Fault(
         "packing: merging what does not divide",
-        "python/patchpack/packing.py",
+        "python/patchpack/packing/_grid.py",
         "(sizes[:, 1:] % merge_size).any(axis=1)",
         "(sizes[:, 1:] % merge_size).all(axis=1)",
         "tests/test_packing.py -k not_merged",

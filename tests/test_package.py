@@ -2,6 +2,7 @@
 
 import ast
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
         assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel.namelist())
     modules = {f"{module.replace('.', '/')}.py" for module in MODULES}
     assert sorted(names) == sorted({*modules, "patchpack/py.typed"})
+
+
+def test_planted_faults_still_have_a_place():
+    faults = runpy.run_path(str(ROOT / "tests/mutate.py"))["FAULTS"]
+    lost = [fault.what for fault in faults if fault.old not in (ROOT / fault.file).read_text()]
+    assert not lost
 
 
 def test_the_source_distribution_holds_what_builds_and_checks_it(distributions):
