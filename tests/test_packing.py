@@ -91,8 +91,8 @@ def test_any_order_merges_to_raster_order(order):
 
 
 def test_what_does_not_divide_is_not_merged():
-    grid = PackedGrid([(4, 4), (2, 6)])
-    message = r"grid must have rows and columns that divide by 4, got \[1, 2, 6\] in grid_thw\[1\]"
+    grid = PackedGrid([(4, 4), (4, 6)])
+    message = r"grid must have rows and columns that divide by 4, got \[1, 4, 6\] in grid_thw\[1\]"
     for merge in (grid.merged, grid.num_blocks):
         with pytest.raises(ValueError, match=message):
             merge(4)
