@@ -54,7 +54,7 @@ class Bench:
     count the least work of the forward pass, or with ``backward=True`` of both passes. ``bound``
     names what limits the op, ``"copy"`` or ``"matmul"``. ``peers`` are other ways to compute it,
     beside ``_providers`` or in their place: functions that take the inputs and prepare a function
-    of the op's keyword arguments.
+    of the op's keyword arguments. ``backward`` says whether there is a backward pass.
     """
 
     op: str
@@ -65,6 +65,7 @@ class Bench:
     flops: Callable[[Inputs, bool], int]
     bound: str
     peers: dict[str, MakeProvider]
+    backward: bool = True
 
 
 @dataclass(frozen=True)

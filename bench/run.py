@@ -14,9 +14,10 @@ from rich.progress import track
 
 from _harness import Bench, Case, machine, run_case
 from _report import merge, plot, show
+from patchpack.testing.catalogue import SPECS
 
 HERE = Path(__file__).parent
-OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+OPS = sorted(SPECS)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         for shape, dtype, backward in itertools.product(
             ["tiny"] if args.quick else bench.shapes,
             args.dtype or DTYPES[:2],
-            (False, True),
+            (False, True) if bench.backward else (False,),
         )
     ]
     path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")

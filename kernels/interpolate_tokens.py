@@ -1,144 +1,28 @@
-"""Triton kernels of ``patchpack.ops.interpolate_tokens``; the maths is in its reference.
-
-All modes are one formula. An axis has integers ``slope``, ``offset`` and ``unit`` such that output
-``o`` looks at the coordinate ``(slope * o + offset) / unit`` of the input. Input ``i`` is then
-``i * unit - (slope * o + offset)`` away from it, and its weight is a function of this distance that
-is zero from some ``reach`` on. Solved for ``i``, that is what an output reads; solved for ``o``, it
-is who reads an input, where its gradient comes from. Coordinates and distances are exact.
-"""
+"""Triton kernels of ``patchpack.ops.interpolate_tokens``; the maths is in its reference."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import cell_to_token, compiler_options, find_grid, token_to_cell
-
-
-@triton.jit
-def _axis(
-    num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
-):  # fmt: skip
-    """Slope, offset and unit of an axis, and the distance that counts as 1 in its filter."""
-    slope, offset, unit = 2 * num_in, num_in - num_out, 2 * num_out
-    if ALIGN_CORNERS:
-        single = num_out == 1
-        slope = tl.where(single, 0, slope - 2)
-        unit = tl.where(single, 2, unit - 2)
-        if ANTIALIAS:  # torch looks half a step ahead even so
-            offset = tl.where(single, -1, offset)
-        else:
-            offset = tl.zeros_like(offset)
-    size = unit
-    if ANTIALIAS:
-        size = tl.maximum(slope, unit)
-    elif MODE != "bilinear" and MODE != "bicubic":
-        size = (slope + unit) // 2  # cells overlap
-    return slope, offset, unit, size
-
-
-@triton.jit
-def _nearest(o, num_in, num_out):
-    """The input that output ``o`` copies, rounded as torch rounds it, in float32."""
-    scale = tl.div_rn(num_in.to(tl.float32), num_out.to(tl.float32))
-    return tl.minimum((o.to(tl.float32) * scale).to(tl.int32), num_in - 1)
-
-
-@triton.jit
-def _divide(a, b):
-    """``a / b`` rounded to nearest, without the branch for subnormal numbers of ``tl.div_rn``."""
-    inverse = tl.div_rn(1.0, b)
-    quotient = a * inverse
-    return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
-
-
-@triton.jit
-def _weight(distance, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """Weight at a distance; up to a factor where weights are to be normalised."""
-    distance = tl.abs(distance)
-    if MODE == "bilinear":
-        return _divide(tl.maximum(size - distance, 0.0), size)
-    if MODE == "bicubic":
-        A: tl.constexpr = -0.5 if ANTIALIAS else -0.75
-        z = _divide(distance, size)
-        near = 1.0 - z * z * ((A + 3) - (A + 2) * z)
-        far = A * (z - 1.0) * (z - 2.0) * (z - 2.0)
-        return tl.where(z < 1.0, near, tl.where(z < 2.0, far, 0.0))
-    return tl.where(distance < size, 1.0, 0.0)
-
-
-@triton.jit
-def _span(center, size, step, count, MODE: tl.constexpr):
-    """First multiple of ``step`` within reach of ``center``, and how many of ``count`` are."""
-    reach = size
-    if MODE == "bicubic":
-        reach = 2 * size
-    if MODE == "nearest":  # float32 may round to the neighbour
-        reach = size + step
-    first = tl.maximum(center - reach + step, 0) // step
-    last = tl.minimum(tl.maximum(center + reach - 1, 0) // step, count - 1)
-    return first.to(tl.int32), (last - first).to(tl.int32) + 1
-
-
-@triton.jit
-def _taps(
-    o, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr,
-    NUM_TAPS: tl.constexpr,
-):  # fmt: skip
-    """First input that output ``o`` reads and their number; its distance, the step, filter size."""
-    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
-    center = slope.to(tl.int64) * o + offset
-    if MODE == "nearest":
-        center = _nearest(o, num_in, num_out).to(tl.int64) * unit
-    if NUM_TAPS > 0:
-        first = ((center + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
-        count = NUM_TAPS
-    else:
-        first, count = _span(center, size, unit, num_in, MODE)
-    distance = first.to(tl.int64) * unit - center
-    return first, count, distance.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
-
-
-@triton.jit
-def _readers(
-    i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
-):  # fmt: skip
-    """First output that may read input ``i`` and their number; its distance, steps, filter size."""
-    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
-    center = i.to(tl.int64) * unit - offset
-    first, count = _span(center, size, tl.maximum(slope, 1), num_out, MODE)
-    distance = (center - first.to(tl.int64) * slope).to(tl.float32)
-    return first, count, distance, slope.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
-
-
-@triton.jit
-def _entry(
-    o, i, num_in, num_out, distance, unit, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
-    NUM_TAPS: tl.constexpr,
-):  # fmt: skip
-    """``W[o, i]`` at this distance, up to the factor that normalises row ``o``."""
-    if MODE == "nearest":
-        return tl.where(_nearest(o, num_in, num_out) == i, 1.0, 0.0)
-    weight = _weight(distance, size, MODE, ANTIALIAS)
-    for k in tl.static_range(1, NUM_TAPS // 2 + 1):  # what lies past a border counts for it
-        before = _weight(distance - k * unit, size, MODE, ANTIALIAS)
-        after = _weight(distance + k * unit, size, MODE, ANTIALIAS)
-        weight += tl.where(i == 0, before, 0.0) + tl.where(i == num_in - 1, after, 0.0)
-    return weight
+from patchpack.kernels._resample import (
+    find_readers,
+    find_taps,
+    matrix_entry,
+    num_taps,
+    weight_at,
+)
+from patchpack.kernels._tiles import cell_to_token, compiler_options, locate
 
 
 @triton.jit
 def _locate(tokens, geometry_ptr, other_geometry_ptr, num_grids, search_steps, MERGE: tl.constexpr):
     """Place of tokens in their frame, its sizes here and there, and its first token there."""
-    grid = find_grid(geometry_ptr, num_grids, search_steps, tokens)
-    rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
-    cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
+    grid, frame, in_frame, row, col, rows, cols = locate(
+        geometry_ptr, num_grids, search_steps, tokens, MERGE
+    )
     other_rows = tl.load(other_geometry_ptr + grid * 3 + 1).to(tl.int32)
     other_cols = tl.load(other_geometry_ptr + grid * 3 + 2).to(tl.int32)
-    in_grid = (tokens - tl.load(geometry_ptr + grid * 3)).to(tl.int32)
-    frame = in_grid // (rows * cols)
-    in_frame = in_grid % (rows * cols)
-    row, col = token_to_cell(in_frame, cols, MERGE)
     start = tl.load(other_geometry_ptr + grid * 3) + frame * (other_rows * other_cols)
     return in_frame, row, col, rows, cols, other_rows, other_cols, start
 
@@ -180,10 +64,10 @@ def _resize_kernel(
     _, row, col, out_rows, out_cols, rows, cols, start = _locate(
         offs_t, target_geometry_ptr, geometry_ptr, num_grids, search_steps, TARGET_MERGE
     )
-    first_y, count_y, distance_y, unit_y, size_y = _taps(
+    first_y, count_y, distance_y, unit_y, size_y = find_taps(
         row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
     )
-    first_x, count_x, distance_x, unit_x, size_x = _taps(
+    first_x, count_x, distance_x, unit_x, size_x = find_taps(
         col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS
     )
     if NUM_TAPS > 0:
@@ -202,7 +86,7 @@ def _resize_kernel(
         cell_to_token(first_y, first_x, cols, MERGE)[:, None], (BLOCK_T, BLOCK_C)
     )
     for ky in range(num_y):
-        weight_y = _weight(distance_y + ky * unit_y, size_y, MODE, ANTIALIAS)
+        weight_y = weight_at(distance_y + ky * unit_y, size_y, MODE, ANTIALIAS)
         tap_y = first_y + ky
         if NUM_TAPS > 0:  # what lies past a border is the border
             tap_y = tl.minimum(tl.maximum(tap_y, 0), rows - 1)
@@ -210,7 +94,7 @@ def _resize_kernel(
             row_acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
             row_total = tl.zeros((BLOCK_T,), tl.float32)
         for kx in tl.range(0, num_x, loop_unroll_factor=UNROLL):
-            weight_x = _weight(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
+            weight_x = weight_at(distance_x + kx * unit_x, size_x, MODE, ANTIALIAS)
             tap_x = first_x + kx
             if NUM_TAPS > 0:
                 tap_x = tl.minimum(tl.maximum(tap_x, 0), cols - 1)
@@ -281,10 +165,10 @@ def _resize_bwd_kernel(
     in_frame, row, col, rows, cols, out_rows, out_cols, start = _locate(
         offs_t, geometry_ptr, target_geometry_ptr, num_grids, search_steps, MERGE
     )
-    first_y, count_y, distance_y, slope_y, unit_y, size_y = _readers(
+    first_y, count_y, distance_y, slope_y, unit_y, size_y = find_readers(
         row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS
     )
-    first_x, count_x, distance_x, slope_x, unit_x, size_x = _readers(
+    first_x, count_x, distance_x, slope_x, unit_x, size_x = find_readers(
         col, cols, out_cols, MODE, ALIGN_CORNERS, ANTIALIAS
     )
 
@@ -294,14 +178,14 @@ def _resize_bwd_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for ky in range(tl.max(count_y)):
         out_y = first_y + ky
-        weight_y = _entry(
+        weight_y = matrix_entry(
             out_y, row, rows, out_rows, distance_y - ky * slope_y, unit_y, size_y, MODE, ANTIALIAS,
             NUM_TAPS,
         )  # fmt: skip
         weight_y = tl.where(mask_t & (out_y < out_rows), weight_y, 0.0)
         for kx in range(tl.max(count_x)):
             out_x = first_x + kx
-            weight_x = _entry(
+            weight_x = matrix_entry(
                 out_x, col, cols, out_cols, distance_x - kx * slope_x, unit_x, size_x, MODE,
                 ANTIALIAS, NUM_TAPS,
             )  # fmt: skip
@@ -393,7 +277,7 @@ def _launch(
         ALIGN_CORNERS=align_corners,
         ANTIALIAS=antialias,
         NORMALISED=antialias or mode == "area",
-        NUM_TAPS=0 if antialias else {"nearest": 1, "bilinear": 2, "bicubic": 4}.get(mode, 0),
+        NUM_TAPS=num_taps(mode, antialias),
         MERGE=spatial_merge_size,
         TARGET_MERGE=target_merge_size,
         NUM_CHANNELS=num_channels,

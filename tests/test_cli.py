@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 
 import patchpack
 from patchpack.__main__ import main
-from patchpack.cli import _demo_model, _images, to_json, verify
+from patchpack.cli import _demo_model, _demo_systems, _media, to_json, verify
 from patchpack.testing.catalogue import SPECS
 
 
@@ -22,6 +23,17 @@ def _photo(path, height, width, mode="RGB"):
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 11)], axis=-1)
     Image.fromarray((127 * (waves + 1)).astype(np.uint8)).convert(mode).save(path)
+    return str(path)
+
+
+def _clip(path, frames=9, height=48, width=80):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width = height, width
+        for i in range(frames):
+            frame = np.full((height, width, 3), 20 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
     return str(path)
 
 
@@ -74,13 +86,51 @@ def test_plan_of_a_square_of_224_pixels(tmp_path, capsys):
             "name": "square",
             "height": 224,
             "width": 224,
-            "resized": [448, 448],
-            "grid_thw": [1, 32, 32],
+            "frames": None,
+            "grids": [[1, 32, 32]],
             "vit_tokens": 1024,
             "llm_tokens": 256,
             "markup_tokens": 2,
         }
     ]
+
+
+@pytest.mark.parametrize("system", _media.SYSTEMS)
+def test_plan_knows_every_system(system, photos, capsys):
+    assert main(["plan", "--system", system, "--json", *photos]) == 0
+    documents = json.loads(capsys.readouterr().out)
+    module = _media.system(system)
+    for document in documents:
+        plan = module.plan(document["height"], document["width"])
+        assert document["grids"] == [list(grid) for grid in plan.grids]
+        assert document["vit_tokens"] == sum(math.prod(grid) for grid in plan.grids)
+        assert document["llm_tokens"] == plan.llm_tokens > 0
+
+
+def test_plan_shows_all_systems_and_clips(photos, tmp_path, capsys):
+    paths = [*photos, _clip(tmp_path / "clip.mp4")]
+    assert main(["plan", "--system", "all", "--json", *paths]) == 0
+    documents = json.loads(capsys.readouterr().out)
+    assert {"internvl", "llava_onevision", "oryx", "qwen2_vl"} <= documents.keys()
+    assert "pixtral" not in documents  # it has no rules for video
+    for of in documents.values():
+        assert [x["frames"] is None for x in of] == [True, True, False]
+        assert 1 <= of[2]["frames"] <= 32
+
+    assert main(["plan", "--system", "all", *paths]) == 0
+    printed = capsys.readouterr().out
+    assert all(_media.SYSTEMS[name] in printed for name in documents)
+    assert "of 9" in printed
+
+
+def test_plan_refuses_what_a_system_does_not_have(photos, tmp_path, capsys):
+    assert main(["plan", "--system", "internvl", "--max-pixels", "9", *photos]) == 2
+    assert _one_line(capsys) == "patchpack: InternVL 1.5 has no --max-pixels"
+    assert main(["plan", "--system", "pixtral", _clip(tmp_path / "clip.mp4")]) == 2
+    assert _one_line(capsys).endswith("clip.mp4: Pixtral has no rules for video")
+    (tmp_path / "broken.mp4").write_text("not a clip")
+    assert main(["plan", str(tmp_path / "broken.mp4")]) == 2
+    assert _one_line(capsys).startswith(f"patchpack: cannot use {tmp_path / 'broken.mp4'}: ")
 
 
 def test_plan_turns_a_photo_as_its_camera_was_held(tmp_path, capsys):
@@ -101,7 +151,7 @@ def test_an_image_that_cannot_be_used_is_one_line(command, tmp_path, capsys):
         (tmp_path / "missing.png", "No such file"),
         (tmp_path, "directory"),
         (text, "cannot identify image"),
-        (thin, "within a ratio of 200"),
+        (thin, "got 2 x 900"),
     ):
         assert main([*command, str(path)]) == 2
         line = _one_line(capsys)
@@ -231,19 +281,27 @@ def _demo(photos, out, *options):
     return main(["demo", "--images", *photos, "--out", str(out), *limits, *options])
 
 
+@pytest.fixture
+def one_system(monkeypatch):
+    """The demo with the quickest of its systems."""
+    small = {"qwen2_vl": _demo_systems.SMALL["qwen2_vl"]}
+    monkeypatch.setattr(_demo_systems, "SMALL", small)
+
+
 def test_demo_writes_what_it_found(photos, tmp_path, capsys):
+    photos.append(_clip(tmp_path / "clip.mp4"))
     assert _demo(photos, tmp_path / "out") == 0
     document = json.loads((tmp_path / "out/demo.json").read_text())
-    assert document.keys() == {"images", "checks", "loss", "seconds"}
-    assert document["images"][1] == {
-        "name": "tall",
-        "height": 80,
-        "width": 50,
-        "resized": [56, 28],
-        "grid_thw": [1, 4, 2],
-        "vit_tokens": 8,
-        "llm_tokens": 2,
-    }
+    assert document.keys() == {"systems", "checks", "loss", "seconds"}
+    assert document["systems"].keys() == _demo_systems.SMALL.keys()
+    for system in document["systems"].values():
+        assert [image["name"] for image in system["images"]] == ["wide", "tall", "clip"]
+        assert all(image["llm_tokens"] > 0 for image in system["run"])
+        assert all(check["passed"] is True for check in system["checks"])
+        assert {"tokens", "grad vit.patch_embed.proj.weight"} <= {
+            check["name"] for check in system["checks"]
+        }
+        assert system["seconds"].keys() == {"fused", "reference"}
     checks = {check["name"]: check for check in document["checks"]}
     assert checks["loss curve"].keys() == {"name", "error", "eager_error", "passed"}
     assert all(check["passed"] is True for check in checks.values())
@@ -256,16 +314,18 @@ def test_demo_writes_what_it_found(photos, tmp_path, capsys):
         assert losses[1] < losses[0]
     assert document["seconds"] > 0
 
-    image = np.asarray(Image.open(tmp_path / "out/demo.png").convert("RGB"))
-    assert min(image.shape[:2]) > 500
-    colours = np.unique(image.reshape(-1, 3), axis=0)
-    assert len(colours) > 1000
+    for name in ("demo.png", "training.png"):
+        image = np.asarray(Image.open(tmp_path / "out" / name).convert("RGB"))
+        assert min(image.shape[:2]) > 500
+        colours = np.unique(image.reshape(-1, 3), axis=0)
+        assert len(colours) > 1000
 
     printed = capsys.readouterr().out
-    for words in ("wide", "tall", "1x4x2", "grad head.weight", "loss curve", "interpreter"):
+    for words in ("wide", "tall", "Oryx", "grad head.weight", "loss curve", "interpreter"):
         assert words in printed
 
 
+@pytest.mark.usefixtures("one_system")
 def test_demo_fails_where_the_fused_path_is_wrong(photos, tmp_path, monkeypatch, capsys):
     def wrong(q, k, position_ids, *, impl, **options):
         base = 1e6 if impl == "reference" else 1.001e6
@@ -280,6 +340,7 @@ def test_demo_fails_where_the_fused_path_is_wrong(photos, tmp_path, monkeypatch,
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("one_system")
 def test_demo_reports_a_fused_path_that_gives_nan(photos, tmp_path, monkeypatch):
     def wrong(q, k, position_ids, *, impl, **options):
         q, k = patchpack.mrope(q, k, position_ids, impl=impl, **options)
@@ -289,7 +350,7 @@ def test_demo_reports_a_fused_path_that_gives_nan(photos, tmp_path, monkeypatch)
     assert _demo(photos, tmp_path) == 1
     document = json.loads((tmp_path / "demo.json").read_text())
     assert document["loss"]["fused"] == [None, None]
-    with Image.open(tmp_path / "demo.png") as picture:
+    with Image.open(tmp_path / "training.png") as picture:
         assert picture.width > 500
 
 
@@ -326,7 +387,11 @@ def test_demo_needs_triton(photos, tmp_path, monkeypatch, capsys):
 
 
 def test_demo_hides_half_of_every_photo(photos, tmp_path):
-    photos = _images.read([*photos, _photo(tmp_path / "tiny.png", 28, 28)], None, 3136)
+    media = _media.read([*photos, _photo(tmp_path / "tiny.png", 28, 28)])
+    plans = _media.plan(media, "qwen2_vl", max_pixels=3136)
+    photos = [
+        _demo_model.Photo(m.name, m.image, plan) for m, plan in zip(media, plans, strict=True)
+    ]
     for seed in range(20):
         batch = _demo_model.pack(photos, seed, "cpu", torch.float32)
         lengths = batch.merged.grid_thw.prod(dim=1).tolist()
@@ -334,11 +399,12 @@ def test_demo_hides_half_of_every_photo(photos, tmp_path):
         assert hidden == [max(1, n // 2) for n in lengths]
 
 
+@pytest.mark.usefixtures("one_system")
 def test_demo_draws_any_photo(tmp_path):
     clear = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
     clear.save(tmp_path / "costs_$x^$.png")
     assert _demo([str(tmp_path / "costs_$x^$.png")], tmp_path, "--steps", "1") == 0
-    (photo,) = _images.read([tmp_path / "costs_$x^$.png"], None, None)
+    (photo,) = _media.read([tmp_path / "costs_$x^$.png"])
     assert photo.image.getpixel((0, 0)) == (255, 255, 255)  # as the encoder sees it
 
 
@@ -351,6 +417,7 @@ def test_names_hold_no_commands_for_a_terminal(tmp_path, capsys):
     assert "\x1b" not in _one_line(capsys)
 
 
+@pytest.mark.usefixtures("one_system")
 def test_names_in_any_script(tmp_path, photos):
     path = _photo(tmp_path / "写真.png", 56, 56)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error"}

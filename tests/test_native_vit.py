@@ -232,7 +232,7 @@ def test_defaults_are_the_encoder_of_qwen2_vl():
     [
         (95, PackedGrid(SIZES, 2), r"pixels must have shape \[\*, 96\], got \[48, 95\]"),
         (96, PackedGrid(SIZES[:1], 2), r"pixels must have the 24 tokens of grid, got \[48, 96\]"),
-        (96, PackedGrid(SIZES), r"grid must have spatial_merge_size=2, got 1"),
+        (96, PackedGrid([(4, 4)] * 3, 4), r"grid must have spatial_merge_size=2, got 4"),
     ],
 )
 def test_rejects_what_does_not_fit(columns, grid, message):

@@ -20,21 +20,27 @@ SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/pa
 # what a layer may import besides the standard library and itself; the longest name applies
 LAYERS = {
     "patchpack.packing": "numpy torch",
-    "patchpack.reference": "torch patchpack.packing",
-    "patchpack.kernels": "torch triton",
+    "patchpack.layout": "numpy torch patchpack.packing",
+    "patchpack._resampling": "numpy torch",
+    "patchpack.reference": "torch patchpack._resampling patchpack.layout patchpack.packing",
+    "patchpack.kernels": "torch triton patchpack._resampling",
     "patchpack._check": "torch patchpack.packing",
     "patchpack._interpreter": "numpy torch triton patchpack._interpreter_arithmetic",
     "patchpack._interpreter_arithmetic": "numpy torch triton patchpack._interpreter",
     "patchpack._dispatch": "torch patchpack._interpreter",
-    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack.packing"
-    " patchpack.reference",
-    "patchpack.__init__": "patchpack._dispatch patchpack.ops patchpack.packing patchpack.reference",
-    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.packing",
-    "patchpack.models": "torch patchpack patchpack._check patchpack.packing",
-    "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
+    "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack._resampling"
+    " patchpack.layout patchpack.packing patchpack.reference",
+    "patchpack.video": "av numpy PIL patchpack.packing",
+    "patchpack.metadata": "torch patchpack._check patchpack.packing",
+    "patchpack.__init__": "patchpack._dispatch patchpack.layout patchpack.metadata patchpack.ops"
     " patchpack.packing patchpack.reference",
+    "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
+    " patchpack.metadata patchpack.packing",
+    "patchpack.models": "torch patchpack patchpack._check patchpack.metadata patchpack.packing",
+    "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
+    " patchpack.layout patchpack.packing patchpack.reference",
     "patchpack.cli": "matplotlib numpy PIL rich skimage torch triton patchpack patchpack._dispatch"
-    " patchpack.models patchpack.packing patchpack.systems patchpack.testing",
+    " patchpack.models patchpack.packing patchpack.systems patchpack.testing patchpack.video",
     "patchpack.__main__": "patchpack.cli",
 }
 
@@ -106,7 +112,17 @@ def _python(code: str, **environment: str) -> str:
 
 
 def test_importing_is_light_and_needs_no_triton():
-    heavy = {"triton", "PIL", "matplotlib", "rich", "skimage", "scipy", "pytest", "hypothesis"}
+    heavy = {
+        "triton",
+        "PIL",
+        "av",
+        "matplotlib",
+        "rich",
+        "skimage",
+        "scipy",
+        "pytest",
+        "hypothesis",
+    }
     _python(
         "import sys; sys.modules['triton'] = None\n"
         "import patchpack\n"

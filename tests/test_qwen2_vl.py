@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchpack import PackedGrid
+from patchpack import PackedGrid, patchify
 from patchpack.systems import qwen2_vl
 from patchpack.systems.qwen2_vl import (
     IMAGE_PAD,
@@ -25,7 +25,6 @@ from patchpack.systems.qwen2_vl import (
     frame_indices,
     max_frame_pixels,
     mrope_position_ids,
-    patchify,
     plan,
     plan_video,
     preprocess,
@@ -449,51 +448,11 @@ def test_no_frame_lies_past_the_last():
 # Patches -----------------------------------------------------------------------------------------
 
 
-@golden("patchify")
-def test_patchify_is_the_originals(inputs, outputs):
-    shape = {
-        "arange(32).reshape(1,1,4,8) (T=1,C=1,H=4,W=8)": (1, 1, 4, 8),
-        "arange(96).reshape(3,2,4,4) (T=3,C=2,H=4,W=4)": (3, 2, 4, 4),
-    }[inputs.pop("image")]
-    rows = patchify(np.arange(math.prod(shape)).reshape(shape), **inputs)
-    assert rows.tolist() == outputs["rows"]
-    assert rows.shape[0] == math.prod(outputs["grid_thw"])
-
-
-@golden("rot_pos_ids")
-def test_patches_lie_where_the_grid_says(inputs, outputs):
-    m = inputs["merge"]
-    grid = PackedGrid(inputs["grid_thw"], m)
-    assert grid.position_ids.tolist() == outputs["hw_ids"]
-    # an image whose pixels are their own row and column, one pixel to a patch
-    rows = [
-        patchify(
-            np.broadcast_to(np.indices((h, w)), (t, 2, h, w)),
-            patch_size=1,
-            temporal_patch_size=1,
-            merge_size=m,
-        )
-        for t, h, w in inputs["grid_thw"]
-    ]
-    assert np.array_equal(np.concatenate(rows), grid.position_ids)
-
-
 @golden("cu_seqlens")
 def test_every_frame_is_a_segment(inputs, outputs):
     cu_seqlens = PackedGrid(inputs["grid_thw"], 2).cu_seqlens
     assert cu_seqlens.tolist() == outputs["cu_seqlens"]
     assert str(cu_seqlens.dtype) == f"torch.{outputs['dtype']}"
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 28), (0, 3, 28, 28), (1, 3, 30, 28), (1, 3, 28, 42)])
-def test_patchify_names_what_it_refuses(shape):
-    with pytest.raises(ValueError, match=r"frames must have .*, got \["):
-        patchify(np.zeros(shape))
-
-
-def test_patchify_refuses_a_patch_of_nothing():
-    with pytest.raises(ValueError, match="patch_size must be at least 1, got 0"):
-        patchify(np.zeros((1, 3, 28, 28)), patch_size=0)
 
 
 SMALL = [(56, 84), (100, 60), (37, 200), (224, 224), (300, 411)]
@@ -518,13 +477,14 @@ def test_preprocess_matches_transformers():
 def test_preprocess_undone_gives_pillows_pixels():
     image = picture(61, 95)
     p = plan(61, 95)
-    pixels, _ = preprocess([image], [p])
+    pixels, grid = preprocess([image], [p])
     mean, std = (torch.tensor(v).view(3, 1) for v in (qwen2_vl.CLIP_MEAN, qwen2_vl.CLIP_STD))
     bytes_ = ((pixels.view(p.vit_tokens, 3, -1) * std + mean) * 255).round().to(torch.uint8)
     height, width = p.resized
     resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-    frames = np.moveaxis(np.asarray(resized), -1, 0)[None]
-    assert np.array_equal(bytes_.flatten(1), patchify(frames))
+    options = {"patch_size": 14, "temporal_patch_size": 2, "mean": [0] * 3, "std": [1 / 255] * 3}
+    want = patchify([torch.from_numpy(np.array(resized)).permute(2, 0, 1)], grid, **options)
+    assert torch.equal(bytes_.flatten(1), want.round().to(torch.uint8))
 
 
 def test_every_kind_of_image_gives_the_same_pixels():

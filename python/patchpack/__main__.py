@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from patchpack.cli import CommandError, printable
 
 COMMANDS = {
-    "demo": "photos through the fused path and the reference: forward, backward, training",
+    "demo": "four systems on the same photos and clip, fused and by the reference; training",
     "info": "versions, and which implementation of which op is available here",
-    "plan": "what a system makes of images: their size, grid and tokens",
+    "plan": "what a system makes of images and clips: grids and tokens",
     "verify": "check on this machine that every op does what it promises",
 }
-DEMO_EXTRA = ("PIL", "matplotlib", "rich", "skimage")
+DEMO_EXTRA = ("av", "PIL", "matplotlib", "rich", "skimage")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

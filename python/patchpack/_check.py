@@ -99,6 +99,29 @@ def _limit(name: str, value: float) -> None:
         raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
+def finite(name: str, values: Sequence[float]) -> list[float]:
+    """``values`` as floats: a list, tuple or array of numbers that fit into float32."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be numbers, got {values!r}") from None
+    if not all(abs(value) < 2**127 for value in found):  # NaN fails
+        raise ValueError(f"{name} must be finite, below 2**127, got {values!r}")
+    return found
+
+
+def images(name: str, values: Sequence[Tensor]) -> list[Tensor]:
+    """``values`` is a list or tuple of tensors ``[C, H, W]`` or ``[F, C, H, W]`` on one device."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list of tensors, got {type(values).__name__}")
+    for i, x in enumerate(values):
+        ndim = x.ndim if isinstance(x, Tensor) and x.ndim == 4 else 3
+        shape(f"{name}[{i}]", x, *[None] * ndim)
+    if values:
+        same_device(**{f"{name}[{i}]": x for i, x in enumerate(values)})
+    return list(values)
+
+
 def flags(**values: bool) -> None:
     """All of ``values`` are true or false, and nothing that merely counts as it."""
     for name, value in values.items():

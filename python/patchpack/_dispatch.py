@@ -83,7 +83,7 @@ def define(
     Args:
         schema: The operator in PyTorch's schema language.
         launcher: ``module:function`` under ``patchpack.kernels``, imported at the first call, with
-            the schema's arguments; the first one is a tensor.
+            the schema's arguments; the first one is a tensor, or a list of some.
         fake: Shapes and dtypes of the outputs.
         setup_context: Saves what ``backward`` needs, ``(ctx, inputs, output)``.
         backward: Gradients of the inputs. Without it, asking for them raises.
@@ -96,7 +96,8 @@ def define(
         return getattr(importlib.import_module(f"patchpack.kernels.{module}"), function)(*args)
 
     def launch_cuda(*args):
-        with torch.cuda.device(args[0].device):
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.cuda.device(first.device):
             return launch(*args)
 
     def launch_cpu(*args):
@@ -108,7 +109,7 @@ def define(
     _LIBRARY.impl(name, launch_cuda, "CUDA")
     _LIBRARY.impl(name, launch_cpu, "CPU")
     torch.library.register_fake(f"patchpack::{name}", fake, lib=_LIBRARY)
-    if backward is not None:
+    if not name.endswith("_backward"):
         _OPS.add(name)
 
     def refuse(ctx, *grads):

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from patchpack import PackedGrid, interpolate_tokens, mrope, varlen_attention
-from patchpack.cli._images import Photo
 from patchpack.models import NativeViT, NativeViTConfig
 from patchpack.systems import qwen2_vl
 from patchpack.systems.qwen2_vl import IMAGE_PAD, VISION_END, VISION_START
@@ -24,6 +24,15 @@ VIT = NativeViTConfig(hidden_size=160, depth=2, num_heads=2, out_size=WIDTH)
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 1, 128
 MROPE_SECTION = (16, 24, 24)
 NUM_BYTES = 256  # the words are bytes; the ids of markup come after them
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image and what becomes of it."""
+
+    name: str
+    image: Image.Image
+    plan: qwen2_vl.Plan
 
 
 @dataclass(frozen=True)

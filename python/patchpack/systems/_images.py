@@ -119,6 +119,17 @@ def clips_of(
     return clips, plans
 
 
+def resized(
+    clip: Sequence[PIL.Image.Image], height: int, width: int, mode: str = "bicubic"
+) -> Tensor:
+    """The frames of ``clip`` resized by Pillow, uint8 ``[F, 3, height, width]``, of any strides."""
+    import PIL.Image
+
+    resample = PIL.Image.Resampling[mode.upper()]
+    frames = [np.asarray(frame.resize((width, height), resample)) for frame in clip]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
 def _listed(name: str, values: Any) -> list[Any]:
     # the rows of one image are no images; four axes are a batch
     if not isinstance(values, Iterable) or getattr(values, "ndim", 4) < 4:

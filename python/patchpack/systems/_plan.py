@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 
 class Plan:
@@ -47,3 +49,11 @@ class Plan:
     def total_tokens(self) -> int:
         """What the image or video takes of the language model's context."""
         return self.llm_tokens + self.markup_tokens
+
+
+def shared(plans: Iterable[Plan], name: str, default: Any) -> Any:
+    """The attribute ``name`` that all plans of a batch share; without plans, ``default``."""
+    values = {getattr(p, name) for p in plans} or {default}
+    if len(values) > 1:
+        raise ValueError(f"plans must share {name}, got {sorted(values)}")
+    return values.pop()

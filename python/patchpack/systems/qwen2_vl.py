@@ -12,17 +12,15 @@ their limits differ; here one plan decides.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from patchpack import _check
+from patchpack import _check, metadata, patchify
 from patchpack.packing import PackedGrid
 from patchpack.systems import _images, _plan
 
@@ -449,45 +447,6 @@ def plan_video(
 # Patches -----------------------------------------------------------------------------------------
 
 
-def patchify(
-    frames: np.ndarray, *, patch_size: int = 14, temporal_patch_size: int = 2, merge_size: int = 2
-) -> np.ndarray:
-    """Cut frames of one size into patches, those of a language-model token next to each other.
-
-    Args:
-        frames: ``[frames, channels, height, width]``, any dtype, in pixels. The last frame is
-            repeated until the temporal patch is full; an image is one frame.
-        patch_size: Side of a patch, in pixels.
-        temporal_patch_size: Frames to a patch.
-        merge_size: Side of the block of patches that becomes one language-model token.
-
-    Returns:
-        A copy, ``[T, channels * temporal_patch_size * patch_size**2]``. Rows run over time, block
-        row, block column, row and column in the block; columns over channel, time, row, column.
-
-    Raises:
-        ValueError: ``frames`` is not of rank 4, is empty, or its sides do not divide by
-            ``patch_size * merge_size``; or one of these is not positive.
-        TypeError: ``frames`` is no array, or a size is not an integer.
-    """
-    p, tp, m = _check.whole(
-        patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
-    )
-    if not isinstance(frames, np.ndarray):
-        raise TypeError(f"frames must be an array, got {type(frames).__name__}")
-    if frames.ndim != 4 or 0 in frames.shape or any(n % (p * m) for n in frames.shape[2:]):
-        raise ValueError(
-            f"frames must have shape [frames, channels, height, width] with sides that divide by"
-            f" {p * m}, got {list(frames.shape)}"
-        )
-    missing = -len(frames) % tp
-    frames = np.concatenate([frames, *[frames[-1:]] * missing])
-    _, channels, height, width = frames.shape
-    rows, cols = height // (p * m), width // (p * m)
-    split = frames.reshape(-1, tp, channels, rows, m, p, cols, m, p)
-    return split.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * tp * p * p)
-
-
 def _default_plan(num_frames: int | None, height: int, width: int) -> Plan:
     if num_frames is None:
         return plan(height, width)
@@ -521,8 +480,9 @@ def preprocess(
         dtype: Dtype of the patches, floating; computed in float32 and rounded once.
 
     Returns:
-        The patches, ``[T, 3 * temporal_patch_size * patch_size**2]`` on the CPU, as ``patchify``
-        orders them, and their grid, in merge-block order with one attention segment a frame.
+        The patches, ``[T, 3 * temporal_patch_size * patch_size**2]`` on the CPU, with the columns
+        of ``patchpack.patchify``'s layout ``"ctpp"``, and their grid, in merge-block order with one
+        attention segment a frame.
 
     Raises:
         ValueError: An image does not fit its plan or the shapes above, floats leave 0..1, plans
@@ -543,24 +503,16 @@ def preprocess(
     ((patch_size, temporal_patch_size, merge_size),) = sizes
 
     grid = PackedGrid([p.grid_thw for p in plans], merge_size)
-    columns = temporal_patch_size * patch_size**2
-    pixels = np.empty((grid.num_tokens, 3, columns), np.float32)
-    begin = 0
-    for clip, p in zip(clips, plans, strict=True):
-        height, width = p.resized
-        frames = np.stack([np.asarray(frame.resize((width, height))) for frame in clip])  # bicubic
-        patches = patchify(  # of bytes: a quarter of the traffic of floats
-            np.moveaxis(frames, -1, 1),
-            patch_size=patch_size,
-            temporal_patch_size=temporal_patch_size,
-            merge_size=merge_size,
-        )
-        out = pixels[begin : begin + p.vit_tokens]
-        np.divide(patches.reshape(out.shape), 255, out=out, dtype=np.float32)
-        out -= center[:, None]
-        out /= scale[:, None]
-        begin += p.vit_tokens
-    return torch.from_numpy(pixels).flatten(1).to(dtype), grid
+    pixels = patchify(
+        [_images.resized(clip, *p.resized) for clip, p in zip(clips, plans, strict=True)],
+        grid,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+        mean=center.tolist(),
+        std=scale.tolist(),
+        dtype=dtype if dtype in _check.FLOATS else torch.float32,
+    )
+    return pixels.to(dtype), grid
 
 
 # Multimodal rotary position embedding ------------------------------------------------------------
@@ -602,83 +554,39 @@ def mrope_position_ids(
 ) -> tuple[Tensor, Tensor]:
     """Position of every token on the axes time, height and width.
 
-    Text advances all three axes together, one a token. The tokens of an image or video share a
-    start and count frames, rows and columns from it; what follows starts after the largest of its
-    counts. This is the rule of transformers 4.45 to 4.57; transformers 5 places text after a video
-    elsewhere.
-
-    The same code serves every device: scans over the tokens, no loop over images, and no value is
-    read back, so a CUDA device is not waited for. Values that do not fit, of tokens, grids or
-    ``cu_seqlens``, are therefore not seen, and leave the positions unspecified:
-    ``validate_vision_tokens`` finds them.
+    ``patchpack.metadata.get_mrope_position_ids`` with the token ids of Qwen2-VL; a frame of a
+    video counts one in time.
 
     Args:
-        input_ids: Token ids, int64 or int32: a batch ``[B, L]``, or one sequence ``[L]``. Each
-            image or video is a run of ``image_token_id`` or ``video_token_id`` right after a
-            ``vision_start_token_id``, of the length its grid says.
-        image_grid_thw: Frames, rows and columns of each image, in patches, int64 or int32
-            ``[images, 3]`` on the device of ``input_ids``, in the order of their tokens.
+        input_ids: Token ids ``[B, L]`` or ``[L]``: see there, as for all of these.
+        image_grid_thw: Frames, rows and columns of each image, ``[images, 3]``.
         video_grid_thw: The same of each video, ``[videos, 3]``.
-        attention_mask: Shape of ``input_ids``, bool or integer; zero marks padding, on either side.
-        cu_seqlens: Where packed samples of a sequence ``[L]`` begin and end, int32 ``[S + 1]``, in
-            tokens. Positions restart in each; tokens after the last are padding.
+        attention_mask: Zero where padding is.
+        cu_seqlens: Where packed samples begin and end, int32 ``[S + 1]``.
         merge_size: Side of the block of patches that is one token.
-        vision_start_token_id: The token before an image or video; the defaults are Qwen2-VL's.
+        vision_start_token_id: The token before an image or video.
         image_token_id: The token of an image.
         video_token_id: The token of a video.
 
     Returns:
-        Position ids, int64 ``[3, B, L]`` or ``[3, L]``, 1 where padding is; and for each sample
-        the next position minus its length with padding, int64 ``[B, 1]`` or ``[S, 1]``, which a
-        decoder adds to its count of tokens. Not differentiable.
+        Position ids, int64 ``[3, B, L]`` or ``[3, L]``, and for each sample what a decoder adds to
+        its count of tokens, int64 ``[B, 1]`` or ``[S, 1]``. Not differentiable.
 
     Raises:
         ValueError: A shape, a device, ``merge_size`` or a token id does not fit.
         TypeError: A dtype does not fit, or a number is not an integer.
     """
-    m, vision_start, image_id, video_id = _check_vision_tokens(
+    return metadata.get_mrope_position_ids(
         input_ids,
         image_grid_thw,
         video_grid_thw,
         attention_mask,
-        cu_seqlens,
-        merge_size=merge_size,
         vision_start_token_id=vision_start_token_id,
         image_token_id=image_token_id,
         video_token_id=video_token_id,
+        cu_seqlens=cu_seqlens,
+        merge_size=merge_size,
     )
-    ids, valid, bounds = _flat_samples(input_ids, attention_mask, cu_seqlens)
-    bounds = bounds.clamp(0, ids.numel())
-
-    # a run begins right after a vision start, padding left out
-    count = valid.cumsum(0)
-    start = torch.where(valid & (ids == vision_start), count, -1).cummax(0).values
-    in_run = count - 1 - start
-    is_image, is_video = valid & (ids == image_id), valid & (ids == video_id)
-    is_vision = is_image | is_video
-    is_first = is_vision & (in_run == 0)
-
-    # text has the extra last grid
-    grids = [grid for grid in (image_grid_thw, video_grid_thw) if grid is not None]
-    grids = torch.cat([*grids, torch.full((1, 3), m, device=ids.device)])
-    num_images = 0 if image_grid_thw is None else image_grid_thw.shape[0]
-    image = (is_first & is_image).cumsum(0) - 1
-    video = (is_first & is_video).cumsum(0) - 1 + num_images
-    grid = torch.where(is_image, image, torch.where(is_video, video, grids.shape[0] - 1))
-    frames, rows, cols = grids[grid.clamp(max=grids.shape[0] - 1)].unbind(1)  # [T] each
-    rows, cols = (rows // m).clamp(min=1), (cols // m).clamp(min=1)
-
-    # the first token of a run advances the position for all of it
-    step = torch.where(is_vision, torch.maximum(frames, torch.maximum(rows, cols)), 1)
-    after = torch.where(valid & (is_first | ~is_vision), step, 0).cumsum(0)
-    at_bounds = torch.nn.functional.pad(after, (1, 0))[bounds]  # [S + 1]
-    token = torch.arange(ids.numel(), device=ids.device)
-    sample = torch.searchsorted(bounds[1:], token, right=True)  # S behind the last
-    base = after - step - at_bounds[sample]
-    thw = torch.stack([in_run // (rows * cols), in_run // cols % rows, in_run % cols])
-    position_ids = torch.where(valid, base + torch.where(is_vision, thw, 0), 1)
-    deltas = at_bounds.diff() - bounds.diff()
-    return position_ids.view(3, *input_ids.shape), deltas[:, None]
 
 
 def validate_vision_tokens(
@@ -707,112 +615,17 @@ def validate_vision_tokens(
         video_token_id: Likewise.
 
     Raises:
-        ValueError: The runs of image or video tokens are not, in number and lengths, those of the
-            grids, or one does not follow a ``vision_start_token_id`` of its own sample; a grid does
-            not divide into tokens; ``cu_seqlens`` does not rise from 0 within the sequence; or an
-            argument does not fit.
+        ValueError: What ``patchpack.metadata.validate_vision_tokens`` finds.
         TypeError: A dtype does not fit, or a number is not an integer.
     """
-    m, vision_start, image_id, video_id = _check_vision_tokens(
+    metadata.validate_vision_tokens(
         input_ids,
         image_grid_thw,
         video_grid_thw,
         attention_mask,
-        cu_seqlens,
-        merge_size=merge_size,
         vision_start_token_id=vision_start_token_id,
         image_token_id=image_token_id,
         video_token_id=video_token_id,
+        cu_seqlens=cu_seqlens,
+        merge_size=merge_size,
     )
-    ids, valid, bounds = _flat_samples(input_ids, attention_mask, cu_seqlens)
-    bounds = bounds.tolist()
-    if bounds[0] != 0 or bounds[-1] > ids.numel() or bounds != sorted(bounds):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to at most {ids.numel()}, the length of input_ids,"
-            f" got {bounds}"
-        )
-    # a token of no kind before every sample, so that no run follows from the sample before
-    samples = [ids[a:b][valid[a:b]] for a, b in itertools.pairwise(bounds)]
-    pad = torch.nn.functional.pad
-    ids = torch.cat([ids[:0], *(pad(sample, (1, 0), value=-1) for sample in samples)])
-    kinds = torch.where((ids == image_id) | (ids == video_id), ids, -1)
-    kinds, lengths = kinds.unique_consecutive(return_counts=True)
-    for name, grid_thw, token_id in (
-        ("image", image_grid_thw, image_id),
-        ("video", video_grid_thw, video_id),
-    ):
-        want = []
-        for i, (t, h, w) in enumerate([] if grid_thw is None else grid_thw.tolist()):
-            if min(t, h, w) < 1 or h % m or w % m:
-                raise ValueError(
-                    f"{name}_grid_thw[{i}] must be at least 1 on every axis, with rows and columns"
-                    f" that divide by merge_size={m}, got {[t, h, w]}"
-                )
-            want.append(t * h * w // m**2)
-        runs = kinds == token_id
-        got = lengths[runs].tolist()
-        if got != want:
-            raise ValueError(
-                f"input_ids must have runs of {name} tokens of the lengths that {name}_grid_thw"
-                f" says, {want}, got {got}"
-            )
-        before = (lengths.cumsum(0) - lengths)[runs] - 1
-        for token in ids[before].tolist():
-            if token != vision_start:
-                raise ValueError(
-                    f"input_ids must have {vision_start} before a run of {name} tokens,"
-                    f" got {'none' if token == -1 else token}"
-                )
-
-
-def _flat_samples(
-    input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens in one row ``[T]``, which of them are no padding, and the bounds of samples."""
-    ids = input_ids.flatten()
-    if cu_seqlens is None:
-        batch, length = (1, *input_ids.shape)[-2:]
-        bounds = torch.arange(batch + 1, device=ids.device) * length
-    else:
-        bounds = cu_seqlens.long()
-    valid = torch.arange(ids.numel(), device=ids.device) < bounds[-1]
-    if attention_mask is not None:
-        valid = valid & (attention_mask.flatten() != 0)
-    return ids, valid, bounds
-
-
-def _check_vision_tokens(
-    input_ids: Tensor,
-    image_grid_thw: Tensor | None,
-    video_grid_thw: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    merge_size: int,
-    **token_ids: int,
-) -> list[int]:
-    """``merge_size`` and ``token_ids`` as Python integers; nothing is read from a device."""
-    numbers = [*_check.whole(merge_size=merge_size), *_check.whole(0, **token_ids)]
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
-    if input_ids.ndim not in (1, 2):
-        raise ValueError(f"input_ids must have shape [L] or [B, L], got {list(input_ids.shape)}")
-    _check.dtype("input_ids", input_ids, torch.int64, torch.int32)
-    grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
-    for name, grid_thw in grids.items():
-        if grid_thw is not None:
-            _check.shape(name, grid_thw, None, 3)
-            _check.dtype(name, grid_thw, torch.int64, torch.int32)
-            _check.same_device(input_ids=input_ids, **{name: grid_thw})
-    if attention_mask is not None:
-        _check.shape("attention_mask", attention_mask, *input_ids.shape)
-        _check.dtype("attention_mask", attention_mask, torch.bool, torch.int64, torch.int32)
-        _check.same_device(input_ids=input_ids, attention_mask=attention_mask)
-    if cu_seqlens is not None:
-        _check.shape("input_ids", input_ids, None)
-        _check.shape("cu_seqlens", cu_seqlens, None)
-        _check.dtype("cu_seqlens", cu_seqlens, torch.int32)
-        _check.same_device(input_ids=input_ids, cu_seqlens=cu_seqlens)
-        if cu_seqlens.shape[0] == 0:
-            raise ValueError("cu_seqlens must have at least one bound, got []")
-    return numbers

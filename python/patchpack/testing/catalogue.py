@@ -7,6 +7,7 @@ one. Sizes are ``(t, h, w)`` in patches; ``(0, 0, 0)`` stands for no image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 import patchpack
-from patchpack import reference
+from patchpack import TokenLayout, reference
+from patchpack.layout import FeatureMap, Vector
 from patchpack.packing import PackedGrid
 
 Inputs = dict[str, Any]
@@ -63,13 +65,22 @@ def cat_grids(grids: Sequence[PackedGrid]) -> PackedGrid:
     )
 
 
-def _pack(images: Sequence[Inputs], *, along: dict[str, int]) -> Inputs:
-    """Join tensors along the dimension ``along`` names for them, and grids; the rest is shared."""
+def _pack(
+    images: Sequence[Inputs], *, along: dict[str, int] | None = None, lists: Sequence[str] = ()
+) -> Inputs:
+    """Join tensors along the dimension that ``along`` names, ``lists``, grids and layouts.
+
+    The rest is shared.
+    """
     packed = dict(images[0])
-    for name, dim in along.items():
+    for name, dim in (along or {}).items():
         packed[name] = torch.cat([image[name] for image in images], dim=dim)
+    for name in lists:
+        packed[name] = [x for image in images for x in image[name]]
     if "grid" in packed:
         packed["grid"] = cat_grids([image["grid"] for image in images])
+    if isinstance(packed.get("layout"), TokenLayout):
+        packed["layout"] = TokenLayout.cat([image["layout"] for image in images])
     return packed
 
 
@@ -393,6 +404,209 @@ _INTERPOLATE_TOKENS = Spec(
 )
 
 
+# ---------------------------------------------------------------------------------- add_pos_embed
+
+
+def _pos_embed_images(
+    sizes, dtype, device, seed, table, channels=16, table_dtype=None, merge=1, **options
+) -> list[Inputs]:
+    """``table`` is its rows and columns."""
+    generator = torch.Generator().manual_seed(seed)
+    table_dtype = torch.promote_types(dtype, table_dtype or dtype)
+    shared = _random(generator, *table, channels, dtype=table_dtype, device=device)
+    images = []
+    for size in sizes:
+        grid = grid_of(size, merge, device)
+        x = _random(generator, grid.num_tokens, channels, dtype=dtype, device=device)
+        images.append({"x": x, "table": shared, "grid": grid, **options})
+    return images
+
+
+_ADD_POS_EMBED = Spec(
+    op=patchpack.add_pos_embed,
+    reference=reference.add_pos_embed,
+    make_images=_pos_embed_images,
+    pack=lambda images: _pack(images, along={"x": 0}),
+    cases={
+        "Qwen3-VL": {
+            "sizes": [(1, 4, 6), (2, 8, 2), (1, 2, 2)],
+            "table": (6, 6),
+            "merge": 2,
+            "align_corners": True,
+        },
+        "SigLIP 2": {
+            "sizes": [(1, 3, 9), (2, 1, 5), (1, 7, 2)],
+            "table": (5, 8),
+            "antialias": True,
+            "channels": 5,
+        },
+        "MoonViT": {"sizes": [(1, 3, 7), (2, 2, 3)], "table": (3, 7), "mode": "bicubic"},
+        "table in float32": {
+            "sizes": [(1, 4, 4), (1, 3, 2)],
+            "table": (3, 4),
+            "table_dtype": torch.float32,
+            "mode": "bicubic",
+            "channels": 136,
+        },
+        "Oryx": {"sizes": [(1, 4, 3), (1, 11, 2), (1, 1, 1)], "table": (9, 20)},
+        "bicubic, antialias": {
+            "sizes": [(1, 2, 3), (1, 6, 4)],
+            "table": (4, 5),
+            "mode": "bicubic",
+            "antialias": True,
+        },
+        "many images, small table": {
+            "sizes": [(1 + 2 * (i == 3), 1 + i % 3, 2 + i % 2) for i in range(9)],
+            "table": (2, 1),
+        },
+        "a clip, small table": {"sizes": [(5, 3, 2)], "table": (1, 2), "mode": "bicubic"},
+    },
+    grads=("x", "table"),
+    shared=("table",),
+)
+
+
+# --------------------------------------------------------------------------------------- assemble
+
+
+def _assemble_images(
+    sizes, dtype, device, seed, parts, channels=16, vectors=2, spare=0
+) -> list[Inputs]:
+    """``parts(t, h, w)`` are those of an image of ``t`` tiles of ``h x w`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    learned = _random(generator, vectors, channels, dtype=dtype, device=device)
+    images = []
+    for size in sizes:
+        layout = TokenLayout(parts(*size) if all(size) else [], device=device)
+        tokens = layout.num_source_tokens + spare
+        images.append(
+            {
+                "tokens": _random(generator, tokens, channels, dtype=dtype, device=device),
+                "vectors": learned if vectors else None,
+                "layout": layout,
+            }
+        )
+    return images
+
+
+def _assemble_tiles(**options) -> list[Inputs]:
+    """Tokens as an encoder of tiles leaves them: ``[tiles, n, C]``."""
+    images = _assemble_images(**options)
+    for (_, h, w), image in zip(options["sizes"], images, strict=True):
+        image["tokens"] = image["tokens"].unflatten(0, (-1, h * w or 1))
+    return images
+
+
+def _anyres(t: int, h: int, w: int) -> list[FeatureMap]:
+    """A view of the whole, and ``t`` tiles beside each other, cropped and made smaller."""
+    crop = (1, 0, h - 1, t * w) if h > 1 else None
+    target = (max(h - 2, 1), max(t * w - 3, 1))
+    tiles = FeatureMap(h * w, (h, w), (1, t), crop, target, newline=0)
+    return [FeatureMap(0, (h, w)), tiles]
+
+
+def _two_views(t: int, h: int, w: int) -> list[FeatureMap | Vector]:
+    """A small map and frames between learned vectors; the frames' tokens come first."""
+    frames = [FeatureMap(i * h * w, (h, w), newline=0) for i in range(t)]
+    small = FeatureMap(t * h * w, (2, 1), newline=0)
+    return [Vector(1), small, *(x for frame in frames for x in (Vector(3), frame)), Vector(1)]
+
+
+def _tall(t: int, h: int, w: int) -> list[FeatureMap]:
+    """Tiles in two columns, cropped on all sides and made larger."""
+    crop = (h - 1, 1, (t - 1) * h, 2 * w - 2)
+    return [FeatureMap(0, (h, w), (t, 2), crop, (2 * t * h, 2 * w + 1), newline=1)]
+
+
+_ASSEMBLE = Spec(
+    op=patchpack.assemble,
+    reference=reference.assemble,
+    make_images=_assemble_images,
+    pack=lambda images: _pack(images, along={"tokens": 0}),
+    cases={
+        "LLaVA-OneVision": {"sizes": [(3, 4, 5), (1, 5, 7)], "parts": _anyres},
+        "Oryx": {"sizes": [(2, 3, 5), (1, 4, 4)], "parts": _two_views, "vectors": 4},
+        "larger": {"sizes": [(2, 2, 3), (2, 1, 2)], "parts": _tall, "channels": 200},
+        "maps alone": {
+            "sizes": [(3, 3, 4), (1, 1, 1)],
+            "parts": lambda t, h, w: [FeatureMap(0, (h, w), (t, 1))],
+            "vectors": 0,
+        },
+        "spare tokens": {"sizes": [(2, 5, 4)], "parts": _anyres, "spare": 7},
+        "vectors alone": {"sizes": [(1, 1, 1)], "parts": lambda t, h, w: [Vector(1)] * 3},
+        "many images": {
+            "sizes": [(1 + i % 2, 1 + i % 3, 1 + i % 5) for i in range(9)],
+            "parts": _two_views,
+            "vectors": 5,
+        },
+    },
+    grads=("tokens", "vectors"),
+    shared=("vectors",),
+)
+
+
+# --------------------------------------------------------------------------------- scatter_tokens
+
+
+def _scatter_images(
+    sizes, dtype, device, seed, channels=16, vectors=0, index_dtype=torch.int64, batched=False
+) -> list[Inputs]:
+    """Half of the rows are replaced by tokens in no order, a few by vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    learned = _random(generator, vectors, channels, dtype=dtype, device=device)
+    images = []
+    for t, h, w in sizes:
+        rows = t * h * w
+        shape = (t, h * w) if batched else (rows,)
+        order = torch.randperm(rows, generator=generator)
+        index, others = order[: rows // 2], order[rows // 2 :]
+        image = {
+            "embeds": _random(generator, *shape, channels, dtype=dtype, device=device),
+            "tokens": _random(generator, len(index), channels, dtype=dtype, device=device),
+            "index": index.to(device, index_dtype),
+            "vectors": None,
+            "vector_index": None,
+        }
+        if vectors:
+            which = torch.full((rows,), -1, dtype=index_dtype)
+            which[others[::3]] = (torch.arange(len(others[::3])) % vectors).to(index_dtype)
+            image |= {"vectors": learned, "vector_index": which.view(shape).to(device)}
+        images.append(image)
+    return images
+
+
+def _pack_scattered(images: Sequence[Inputs]) -> Inputs:
+    packed = _pack(images, along={"embeds": 0, "tokens": 0})
+    if packed["vector_index"] is not None:
+        packed["vector_index"] = torch.cat([image["vector_index"] for image in images])
+    firsts = itertools.accumulate(image["embeds"][..., 0].numel() for image in images[:-1])
+    shifted = [image["index"] + n for image, n in zip(images, (0, *firsts), strict=True)]
+    packed["index"] = torch.cat(shifted)
+    return packed
+
+
+_SCATTER_TOKENS = Spec(
+    op=patchpack.scatter_tokens,
+    reference=reference.scatter_tokens,
+    make_images=_scatter_images,
+    pack=_pack_scattered,
+    cases={
+        "tokens": {"sizes": [(1, 5, 8), (2, 3, 3)]},
+        "tokens and vectors": {"sizes": [(2, 5, 4), (1, 3, 3)], "vectors": 3},
+        "batch": {
+            "sizes": [(2, 4, 6), (1, 4, 6)],
+            "vectors": 1,
+            "index_dtype": torch.int32,
+            "batched": True,
+        },
+        "many channels": {"sizes": [(1, 9, 9)], "channels": 200, "vectors": 2},
+        "one row": {"sizes": [(1, 1, 1)], "vectors": 2},
+    },
+    grads=("embeds", "tokens", "vectors"),
+    shared=("vectors",),
+)
+
+
 # ------------------------------------------------------------------------------- region_attention
 
 
@@ -531,11 +745,144 @@ _MERGE_TOKENS = Spec(
 )
 
 
+# --------------------------------------------------------------------------------------- patchify
+
+
+def _patchify_images(
+    sizes, dtype, device, seed, patch_size=4, temporal_patch_size=1, merge=1, channels=3,
+    still=False, missing=0, remainder=(0, 0), bytes_=True, **options,
+) -> list[Inputs]:  # fmt: skip
+    """Views of ``[..., H, W, C]``; ``still`` images have no frames, clips lack ``missing``."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for size in sizes:
+        t, h, w = size
+        sides = (h * patch_size + remainder[0], w * patch_size + remainder[1])
+        frames = () if still else (max(t * temporal_patch_size - missing, 0),)
+        image = torch.randint(256, (*frames, *sides, channels), generator=generator)
+        image = image.to(torch.uint8) if bytes_ else (image / 255).to(dtype)
+        images.append(
+            {
+                "images": [image.to(device).movedim(-1, -3)] if all(size) else [],
+                "grid": grid_of(size, merge, device),
+                "patch_size": patch_size,
+                "mean": [0.48145466, 0.4578275, 0.40821073, 0.5][:channels],
+                "std": [0.26862954, 0.26130258, 0.27577711, 0.5][:channels],
+                "temporal_patch_size": temporal_patch_size,
+                "dtype": dtype,
+                **options,
+            }
+        )
+    return images
+
+
+_PATCHIFY = Spec(
+    op=patchpack.patchify,
+    reference=reference.patchify,
+    make_images=_patchify_images,
+    pack=lambda images: _pack(images, lists=["images"]),
+    cases={
+        "Qwen2-VL": {
+            "sizes": [(1, 4, 6), (2, 6, 2), (1, 2, 2)],
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge": 2,
+        },
+        "floating": {
+            "sizes": [(1, 4, 8), (2, 4, 4)],
+            "temporal_patch_size": 2,
+            "merge": 4,
+            "bytes_": False,
+        },
+        "SigLIP 2": {
+            "sizes": [(1, 3, 5), (1, 2, 1)],
+            "patch_size": 16,
+            "layout": "ppc",
+            "still": True,
+        },
+        "floating, pixels left out": {
+            "sizes": [(1, 3, 5), (2, 2, 9)],
+            "layout": "ppc",
+            "remainder": (3, 2),
+            "channels": 4,
+            "bytes_": False,
+        },
+        "floating, last frame repeated": {
+            "sizes": [(2, 2, 3), (1, 1, 1), (3, 5, 2)],
+            "temporal_patch_size": 3,
+            "missing": 2,
+            "remainder": (0, 1),
+            "bytes_": False,
+        },
+        "many images": {
+            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(17)],
+            "patch_size": 2,
+            "still": True,
+        },
+    },
+    grads=("images",),
+    lists=True,
+)
+
+
+# ---------------------------------------------------------------------------------- resize_images
+
+
+def _resize_images(
+    sizes, dtype, device, seed, scale=(0.7, 1.4), still=False, channels=3, **options
+) -> list[Inputs]:
+    """``scale`` is what height and width are multiplied by, 4 pixels for each of ``sizes``."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for t, h, w in sizes:
+        frames = () if still else (t,)
+        image = torch.randint(256, (*frames, 4 * h, 4 * w, channels), generator=generator)
+        image = image.to(device, torch.uint8).movedim(-1, -3)
+        size = tuple(max(1, round(4 * n * s)) for n, s in zip((h, w), scale, strict=True))
+        images.append(
+            {
+                "images": [image] if image.numel() else [],
+                "sizes": [size] if image.numel() else [],
+                **options,
+            }
+        )
+    return images
+
+
+_RESIZE_IMAGES = Spec(
+    op=patchpack.resize_images,
+    reference=reference.resize_images,
+    make_images=_resize_images,
+    pack=lambda images: _pack(images, lists=["images", "sizes"]),
+    cases={
+        "bicubic": {"sizes": [(1, 7, 9), (2, 3, 5), (1, 1, 1)]},
+        "bilinear": {"sizes": [(1, 7, 9), (2, 3, 5)], "mode": "bilinear"},
+        "smaller": {"sizes": [(1, 10, 40), (1, 3, 7)], "scale": (0.3, 0.4), "still": True},
+        "far smaller": {"sizes": [(1, 10, 13)], "scale": (0.05, 0.1), "channels": 1},
+        "larger": {"sizes": [(1, 3, 11), (1, 2, 2)], "scale": (3.3, 4.1), "channels": 4},
+        "height alone": {"sizes": [(1, 5, 5), (1, 9, 3)], "scale": (1.8, 1.0)},
+        "many images": {
+            "sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(9)],
+            "mode": "bilinear",
+            "scale": (1.3, 0.6),
+            "still": True,
+        },
+    },
+    grads=(),
+    lists=True,
+)
+
+
 SPECS: dict[str, Spec] = {
+    "assemble": _ASSEMBLE,
     "rope": _ROPE,
     "rope_2d": _ROPE_2D,
     "mrope": _MROPE,
     "interpolate_tokens": _INTERPOLATE_TOKENS,
+    "patchify": _PATCHIFY,
+    "resize_images": _RESIZE_IMAGES,
+    "add_pos_embed": _ADD_POS_EMBED,
+    "scatter_tokens": _SCATTER_TOKENS,
     "merge_tokens": _MERGE_TOKENS,
     "region_attention": _REGION_ATTENTION,
     "varlen_attention": _VARLEN_ATTENTION,

@@ -26,30 +26,96 @@ _LIBRARY.define(
 _LIBRARY.define("merged_sizes(Tensor grid_thw, int merge_size) -> (Tensor sizes, Tensor tokens)")
 
 
-def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
+def check_sizes(sizes: np.ndarray, spatial_merge_size: int | np.ndarray) -> None:
+    """Sizes ``[G, 3]`` are of grids that can be: positive, whole in blocks, not too many tokens."""
+    m = np.broadcast_to(spatial_merge_size, sizes.shape[0])
+    for i in np.flatnonzero(m < 1)[:1]:
+        raise ValueError(f"spatial_merge_size[{i}] must be at least 1, got {m[i]}")
     for i in np.flatnonzero((sizes < 1).any(axis=1))[:1]:
         raise ValueError(f"grid_thw[{i}] must be at least 1 on every axis, got {sizes[i].tolist()}")
-    for i in np.flatnonzero((sizes[:, 1:] % spatial_merge_size).any(axis=1))[:1]:
+    for i in np.flatnonzero((sizes[:, 1:] % m[:, None]).any(axis=1))[:1]:
         raise ValueError(
             f"grid_thw[{i}] must have rows and columns that divide by"
-            f" spatial_merge_size={spatial_merge_size}, got {sizes[i].tolist()}"
+            f" spatial_merge_size={m[i]}, got {sizes[i].tolist()}"
         )
     # floats cannot wrap around, and 2**31 is far below what they count exactly
     num_tokens = sizes.astype(np.float64).prod(axis=1).sum()
     if num_tokens >= 2**31:
         raise ValueError(f"grid_thw must hold fewer than 2**31 tokens, got {num_tokens:.0f}")
+
+
+# What follows from the sizes, on any device and without a wait: the host says how long a result is.
+
+
+def bounds_of(counts: Tensor) -> Tensor:
+    """Where runs of ``counts`` ``[G]`` things begin, and the last ends, int64 ``[G + 1]``."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def place_of(bounds: Tensor, num_things: int) -> tuple[Tensor, Tensor]:
+    """In which run each thing is, and where in it, int64 ``[num_things]`` each.
+
+    What is past the last run is in one of its own, number ``G``.
+    """
+    thing = torch.arange(num_things, device=bounds.device)
+    run = torch.searchsorted(bounds[1:], thing, right=True)
+    return run, thing - bounds[run]
+
+
+def geometry_of(grid_thw: Tensor) -> Tensor:
+    """First token, rows and columns of grids ``[G, 3]``, and a last row ``(T, 1, 1)``."""
+    sides = torch.nn.functional.pad(grid_thw[:, 1:], (0, 0, 0, 1), value=1)
+    return torch.cat([bounds_of(grid_thw.prod(dim=1))[:, None], sides], dim=1)
+
+
+def cu_seqlens_of(geometry: Tensor, frames: Tensor, num_segments: int) -> Tensor:
+    """Where frames begin and end, int32 ``[num_segments + 1]``; grids have ``frames`` ``[G]``."""
+    grid, frame = place_of(bounds_of(frames), num_segments + 1)
+    first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [num_segments + 1] each
+    return (first + frame * rows * cols).clamp(max=geometry[-1, 0]).int()
+
+
+def position_ids_of(
+    geometry: Tensor,
+    spatial_merge_size: int | Tensor,
+    num_tokens: int,
+    include_temporal: bool = False,
+) -> Tensor:
+    """Row and column of every token, ``[num_tokens, 2]``, or frame, row and column.
+
+    ``spatial_merge_size`` is one for all grids, or one for each row of ``geometry``.
+    """
+    offsets, rows, cols = geometry.unbind(dim=1)  # [G + 1] each
+    m = spatial_merge_size
+    across = (cols // m).clamp(min=1)  # blocks; past the last grid there is none
+    grid, token = place_of(offsets.contiguous(), num_tokens)
+    area, across = torch.stack([rows * cols, across], dim=1).index_select(0, grid).unbind(dim=1)
+    m = m[grid] if isinstance(m, Tensor) else m
+    frame = [token // area] if include_temporal else []
+    token = token % area
+    block, token = token // (m * m), token % (m * m)
+    row = block // across * m + token // m
+    col = block % across * m + token % m
+    return torch.stack([*frame, row, col], dim=1)
+
+
+def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
+    check_sizes(sizes, spatial_merge_size)
     frames, rows, cols = sizes.T
-    lengths = frames * rows * cols
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    geometry = np.stack([offsets, np.append(rows, 1), np.append(cols, 1)], axis=1)
-    segments = lengths if merge_temporal else np.repeat(rows * cols, frames)
-    cu_seqlens = np.concatenate([[0], np.cumsum(segments)]).astype(np.int32)
+    in_frame = rows * cols
+    in_segment = frames * in_frame if merge_temporal else in_frame
+    grid_thw = torch.from_numpy(sizes)
+    geometry = geometry_of(grid_thw)
+    if merge_temporal:
+        cu_seqlens = geometry[:, 0].int()
+    else:
+        cu_seqlens = cu_seqlens_of(geometry, grid_thw[:, 0], int(frames.sum()))
     return (
-        torch.from_numpy(geometry),
-        torch.from_numpy(cu_seqlens),
+        geometry,
+        cu_seqlens,
         # carry numbers as sizes
-        torch.empty(int(offsets[-1]), 0, device="cpu"),
-        torch.empty(int(np.diff(cu_seqlens).max(initial=0)), 0, device="cpu"),
+        torch.empty(int((frames * in_frame).sum()), 0, device="cpu"),
+        torch.empty(int(in_segment.max(initial=0)), 0, device="cpu"),
     )
 
 
@@ -267,20 +333,11 @@ class PackedGrid:
         position_ids = self._position_ids
         if position_ids is None:
             with torch.inference_mode(False):
-                position_ids = self._rows_and_cols()
+                position_ids = position_ids_of(
+                    self.geometry, self.spatial_merge_size, self.num_tokens
+                )
             self._set(_position_ids=position_ids)
         return position_ids
-
-    def _rows_and_cols(self) -> Tensor:
-        token = torch.arange(self.num_tokens, device=self.geometry.device)
-        grid = torch.searchsorted(self.geometry[1:, 0].contiguous(), token, right=True)
-        first, rows, cols = self.geometry[grid].unbind(dim=1)  # [T] each
-        m = self.spatial_merge_size
-        in_frame = (token - first) % (rows * cols)
-        block, in_block = in_frame // (m * m), in_frame % (m * m)
-        row = block // (cols // m) * m + in_block // m
-        col = block % (cols // m) * m + in_block % m
-        return torch.stack([row, col], dim=1)
 
     def num_blocks(self, size: int) -> int:
         """How many blocks of ``size x size`` tokens the maps are made of, known on the host.
@@ -288,6 +345,8 @@ class PackedGrid:
         Raises:
             ValueError: Rows or columns do not divide by ``size``.
         """
+        if self.spatial_merge_size % size == 0:  # checked when the grid was built
+            return self.num_tokens // size**2
         return torch.ops.patchpack.merged_sizes(self._sizes, size)[1].shape[0]
 
     def merged(self, merge_size: int | None = None) -> PackedGrid:

@@ -1,0 +1,217 @@
+"""``add_pos_embed``: original models' values, torch's own, the adjoint, long sums, messages."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from patchpack import PackedGrid, add_pos_embed, reference
+from patchpack.testing.compare import assert_as_accurate
+
+IMPLS = ("reference", "triton")
+OPTIONS = [
+    {},
+    {"align_corners": True},
+    {"antialias": True},
+    {"align_corners": True, "antialias": True},
+    {"mode": "bicubic"},
+    {"mode": "bicubic", "align_corners": True},
+    {"mode": "bicubic", "antialias": True},
+]
+MODELS = {
+    "oryx.rescale_positional_embedding": {},
+    "qwen3vl.fast_pos_embed_interpolate": {"align_corners": True},
+    "siglip2.resize_pos_embed": {"antialias": True},
+    "moonvit.pos_embed": {"mode": "bicubic"},
+    "bicubic_impulse": {"mode": "bicubic"},
+}
+GOLDEN = [
+    case
+    for case in json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
+    if case["function"] in MODELS
+]
+
+
+def golden_table(inputs):
+    """The table of a case, ``[rows, cols, 1]``."""
+    if "x" in inputs:
+        assert inputs["x"] == "one-hot index 3 of 8, 1x8"
+        return functional.one_hot(torch.tensor([3]), 8)[:, :, None].float()
+    side = inputs.get("num_grid_per_side")
+    if side is None:
+        count = re.match(r"arange\((\d+)", inputs.get("table") or inputs["pos_embed"])[1]
+        side = {"128": 128, "256": 16, "4096": 64}[count]
+    return torch.arange(side * side, dtype=torch.float32).view(side, side, 1)
+
+
+def golden_values(y, rows, cols):
+    """Everything that a case says of the resized table, by its names."""
+    corners = y.view(-1, rows, cols)[0, [0, 0, -1, -1], [0, -1, 0, -1]]
+    return {
+        "y": y,
+        "corners": corners,
+        "first_row_first6": y[: min(cols, 6)],
+        "first6": y[:6],
+        "first5": y[:5],
+        "center": y[rows // 2 * cols + cols // 2],
+        "mid": y[rows * cols // 2],
+        "last": y[-1],
+        "last_valid": y[-1],
+        "pad_value": y[0],  # SigLIP 2 pads with the first embedding
+    }
+
+
+def test_there_are_golden_values_of_every_model():
+    assert {case["function"] for case in GOLDEN} == set(MODELS)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: c["function"].partition(".")[0])
+def test_values_of_the_original_models(case, impl):
+    inputs, outputs = case["inputs"], case["outputs"]
+    size = next(inputs[n] for n in ("out_hw", "hw", "size", "grid_thw") if n in inputs)
+    grid = PackedGrid(size if "grid_thw" in inputs else [size], inputs.get("merge", 1))
+    x = torch.zeros(grid.num_tokens, 1)
+    table = golden_table(inputs)
+    y = add_pos_embed(x, table, grid, **MODELS[case["function"]], impl=impl)[:, 0]
+    got = golden_values(y, *grid.grid_thw[0, 1:].tolist())
+    for name, want in outputs.items():
+        want = torch.tensor(want)
+        torch.testing.assert_close(got[name], want, rtol=0, atol=case["tol"], msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_frame_gets_the_values_of_torch(options, impl):
+    sizes = [(1, 3, 8), (2, 5, 4), (1, 7, 9), (1, 1, 2)]
+    grid = PackedGrid(sizes)
+    x, table = torch.randn(grid.num_tokens, 6), torch.randn(5, 6, 6)
+    got = add_pos_embed(x, table, grid, **options, impl=impl)
+    options = {"mode": "bilinear", **options}
+    maps = table.permute(2, 0, 1)[None]
+    resized = [functional.interpolate(maps, hw, **options) for t, *hw in sizes for _ in range(t)]
+    want = x + torch.cat([frame[0].flatten(1).T for frame in resized])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_image_of_the_size_of_the_table_gets_it_as_it_is(options, impl):
+    x, table = torch.randn(60, 3), torch.randn(5, 6, 3)
+    if impl == "triton":  # which reads no cell of weight zero
+        table[1, 2, 0] = float("nan")
+    y = add_pos_embed(x, table, PackedGrid([(2, 5, 6)]), **options, impl=impl)
+    want = x + table.flatten(0, 1).repeat(2, 1)
+    torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_orders_of_tokens_change_nothing_else(impl):
+    raster, blocks = PackedGrid([(2, 4, 6), (1, 2, 8)]), PackedGrid([(2, 4, 6), (1, 2, 8)], 2)
+    table = torch.randn(3, 5, 4)
+    x = torch.zeros(64, 4)
+    want = add_pos_embed(x, table, raster, impl=impl)
+    got = add_pos_embed(x, table, blocks, impl=impl)
+    first = torch.tensor([0, 24, 48]).repeat_interleave(torch.tensor([24, 24, 16]))
+    cols = torch.tensor([6, 6, 8]).repeat_interleave(torch.tensor([24, 24, 16]))
+    row, col = blocks.position_ids.T
+    assert torch.equal(got, want[first + row * cols + col])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_gradient_is_the_adjoint(options):
+    grid = PackedGrid([(1, 7, 3), (2, 2, 4)])
+    x = torch.zeros(grid.num_tokens, 3, requires_grad=True)
+    table = torch.randn(4, 5, 3, requires_grad=True)
+    y = add_pos_embed(x, table, grid, **options, impl="triton")
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+    torch.testing.assert_close((y * cotangent).sum(), (table * table.grad).sum(), atol=1e-4, rtol=0)
+    assert torch.equal(x.grad, cotangent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_table_of_its_own_dtype_has_a_gradient_of_that(dtype):
+    grid = PackedGrid([(4, 3)])
+    x = torch.randn(12, 8, dtype=torch.bfloat16, requires_grad=True)
+    table = torch.randn(2, 2, 8, dtype=dtype, requires_grad=True)
+    y = add_pos_embed(x, table, grid, impl="triton")
+    y.backward(torch.ones_like(y))
+    assert (y.dtype, x.grad.dtype, table.grad.dtype) == (torch.bfloat16, torch.bfloat16, dtype)
+    torch.testing.assert_close(table.grad.sum(dim=(0, 1)), torch.full((8,), 12, dtype=dtype))
+
+
+def test_a_frozen_table_costs_no_backward_pass(monkeypatch):
+    monkeypatch.setattr(torch.ops.patchpack, "add_pos_embed_backward", None)
+    x = torch.randn(6, 2, requires_grad=True)
+    y = add_pos_embed(x, torch.randn(2, 2, 2), PackedGrid([(3, 2)]), impl="triton")
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(6, 2))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda table: table.mT.contiguous().mT,  # channels first, strided: copied
+        lambda table: table.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda table: torch.cat([table, table], dim=1).flatten(0, 1)[:30].view(3, 10, 16)[:, :5],
+    ],
+)
+def test_strides_of_the_table_change_nothing(view):
+    grid, x, table = PackedGrid([(4, 6)]), torch.randn(24, 16), torch.randn(3, 5, 16)
+    want = add_pos_embed(x, table, grid, impl="triton")
+    assert not view(table).is_contiguous()
+    assert torch.equal(add_pos_embed(x, view(table), grid, impl="triton"), want)
+
+
+def test_a_sum_over_many_frames_does_not_lose_digits():
+    grid = PackedGrid([(200, 1, 1)])  # all of them read the middle of the table
+    x, cotangent = torch.zeros(200, 64), torch.rand(200, 64)
+
+    def gradient(op, dtype, **options):
+        table = torch.zeros(1, 31, 64, dtype=dtype, requires_grad=True)
+        y = op(x.to(dtype), table, grid, **options)
+        return torch.autograd.grad(y, table, cotangent.to(dtype))[0]
+
+    actual = gradient(add_pos_embed, torch.float32, impl="triton")
+    eager = gradient(reference.add_pos_embed, torch.float32)
+    assert_as_accurate("table", actual, eager, gradient(reference.add_pos_embed, torch.float64))
+
+
+def test_a_second_derivative_is_refused():
+    table = torch.randn(2, 2, 2, requires_grad=True)
+    y = add_pos_embed(torch.randn(12, 2), table, PackedGrid([(3, 4)]), impl="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), table, create_graph=True)
+    with pytest.raises(RuntimeError, match="add_pos_embed_backward has no gradient"):
+        grad.sum().backward()
+
+
+X, TABLE = torch.zeros(24, 4), torch.zeros(3, 3, 4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, r"x must have shape \[\*, \*\], got \[4\]"),
+        ({"x": X.int()}, TypeError, r"x must be float32 or .*got int32"),
+        ({"x": X[:5]}, ValueError, r"x must have the 24 tokens of grid, got \[5, 4\]"),
+        ({"x": [[1.0]]}, TypeError, r"x must be a tensor, got list"),
+        ({"table": TABLE[0]}, ValueError, r"table must have shape \[\*, \*, 4\], got \[3, 4\]"),
+        ({"table": TABLE[..., :2]}, ValueError, r"table must .* 4\], got \[3, 3, 2\]"),
+        ({"table": TABLE[:0]}, ValueError, r"table must have at least one row.*got \[0, 3, 4\]"),
+        ({"table": TABLE.long()}, TypeError, r"table must be float32 or .*got int64"),
+        ({"table": TABLE.to("meta")}, ValueError, r"table must be on the device of x, cpu"),
+        ({"grid": [(4, 6)]}, TypeError, r"grid must be a PackedGrid, got list"),
+        ({"mode": "area"}, ValueError, r"mode must be one of 'bilinear', 'bicubic', got 'area'"),
+        ({"align_corners": 1}, TypeError, r"align_corners must be a bool, got 1"),
+        ({"antialias": None}, TypeError, r"antialias must be a bool, got None"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message, impl):
+    arguments = {"x": X, "table": TABLE, "grid": PackedGrid([(4, 6)], 2), **change}
+    with pytest.raises(error, match=message):
+        add_pos_embed(**arguments, impl=impl)
