@@ -320,7 +320,7 @@ def test_bad_targets_are_named(arguments, message):
 
 
 def test_targets_may_be_arrays():
-    grid = PackedGrid([(4, 4), (2, 6)])
+    grid = PackedGrid([(4, 4), (4, 6)])
     for target in (np.array([3, 5]), np.array([[3, 5], [3, 5]], dtype=np.int32)):
         assert grid.resized(target).grid_thw.tolist() == [[1, 3, 5]] * 2
 
