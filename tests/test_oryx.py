@@ -399,7 +399,7 @@ def test_odd_maps_are_refused_as_by_the_original(inputs, outputs):
 
 
 def compress_by_hand(compressor, x, t, h, w, r):
-    """The paper's words: queries of means, keys of patches, values as they are, all projected."""
+    """The original's steps: queries of means, keys of patches, values as they are."""
     cells = x.view(t, h // r, r, w // r, r, -1).transpose(2, 3).reshape(-1, r * r, x.shape[1])
     mean = cells.mean(1)
     query = compressor.vlm_query_projector(mean)[:, None]

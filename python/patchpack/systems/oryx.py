@@ -8,7 +8,9 @@ positions (``preprocess``, ``add_position``), on-demand compression by 1, 4 or 1
 
 Source: Liu et al., "Oryx MLLM: On-Demand Spatial-Temporal Understanding at Arbitrary Resolution",
 arXiv 2409.12961, with the behaviour of the released code, Oryx-mllm/Oryx, under the settings of its
-released scripts.
+released scripts. Not here are images padded to the stride in grey (``PAD2STRIDE``, off in them), a
+random bound on the frames of a long video, and scores of the compressor that are no numbers: the
+original takes 0 for them, here they spread.
 """
 
 from __future__ import annotations

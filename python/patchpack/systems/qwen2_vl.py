@@ -7,7 +7,9 @@ multimodal rotary position embedding (``mrope_position_ids``, applied by ``patch
 Source: Wang et al., "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any
 Resolution", arXiv 2409.12191, with the behaviour of the released code: the Qwen2-VL classes of
 transformers, and qwen-vl-utils. The original pipeline resizes twice, once in each of the two, and
-their limits differ; here one plan decides.
+their limits differ; here one plan decides. Not here are sizes given outright (``resized_height``,
+``resized_width``), parts of a video (``video_start``, ``video_end``), and the positions of
+transformers 5, where text after a video may overlap it.
 """
 
 from __future__ import annotations
