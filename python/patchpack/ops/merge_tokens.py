@@ -28,8 +28,8 @@ def merge_tokens(
         grid: Which maps the ``T`` tokens are, and in which order, on the device of ``x``.
         order: ``"row"`` for merged tokens in raster order, frame by frame; ``"column"`` for those
             of a frame by columns.
-        merge_size: ``m``; by default ``grid.spatial_merge_size``, or 2 if the tokens are in raster
-            order. The order of ``x`` may be any other: every block is found in it.
+        merge_size: ``m``, from 1 to 64; by default ``grid.spatial_merge_size``, or 2 if the tokens
+            are in raster order. The order of ``x`` may be any other: every block is found in it.
         weight: Factors of a LayerNorm, ``[C]`` to normalise every token before it is merged, or
             ``[m^2 C]`` to normalise it afterwards. Any of the dtypes, on the device of ``x``.
         bias: What the LayerNorm adds, ``[C]`` or ``[m^2 C]``, of the size of ``weight`` if there is

@@ -15,7 +15,7 @@ def blocks_of(tokens: Tensor, grid: PackedGrid, size: int, order: str = "row") -
     """
     m = grid.spatial_merge_size
     sizes = grid.grid_thw.tolist()
-    found = [tokens.reshape(-1, 1, tokens.shape[1])[:0].expand(0, size * size, -1)]
+    found = [tokens[:0].reshape(0, size * size, tokens.shape[1])]
     for image, (t, h, w) in zip(tokens.split([t * h * w for t, h, w in sizes]), sizes, strict=True):
         maps = image.reshape(t, h // m, w // m, m, m, -1).permute(0, 1, 3, 2, 4, 5)
         blocks = maps.reshape(t, h // size, size, w // size, size, -1)
