@@ -104,6 +104,23 @@ def test_tile_boxes_are_the_originals(inputs, outputs):
     assert boxes == outputs["boxes_left_top_right_bottom"]
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "limits", "tiles", "llm_tokens"),
+    [
+        (633, 633, (1, 12), (1, 1), 256),
+        (896, 896, (1, 12), (2, 2), 1280),
+        (1344, 1344, (1, 12), (3, 3), 2560),
+        (7000, 100, (1, 12), (1, 12), 3328),
+        (1568, 448, (1, 12), (1, 4), 1280),
+        (1920, 1080, (1, 40), (4, 7), 7424),
+        (448, 448, (4, 12), (2, 2), 1280),
+    ],
+)
+def test_other_sizes_have_the_tiles_of_the_original(width, height, limits, tiles, llm_tokens):
+    p = plan(height, width, min_tiles=limits[0], max_tiles=limits[1])
+    assert (p.tiles, p.llm_tokens) == (tiles, llm_tokens)
+
+
 def test_the_size_of_an_image_decides_only_between_equally_near_ratios():
     # no limit on upscaling where one ratio is nearest
     assert select_tiles(384, 512) == select_tiles(3, 4) == (3, 4)
@@ -274,6 +291,8 @@ def test_a_frame_of_a_video_is_one_tile():
     [
         ({"total_frames": 0}, ValueError, "total_frames must be at least 1, got 0"),
         ({"video_fps": 0}, ValueError, "video_fps must be above 0, got 0"),
+        ({"video_fps": -1, "bound": None}, ValueError, "video_fps must be above 0, got -1"),
+        ({"video_fps": "9", "bound": None}, TypeError, "video_fps must be a number, got '9'"),
         ({"num_segments": 0}, ValueError, "num_segments must be at least 1, got 0"),
         ({"video_fps": None}, ValueError, "video_fps must be given with bound, got None"),
         ({"bound": 3}, TypeError, "bound must be two numbers of seconds, got 3"),
@@ -401,9 +420,9 @@ SMALL_IMAGE = np.zeros((8, 8, 3), np.uint8)
     [
         ([SMALL_IMAGE], {"plans": [plan(8, 9)]}, ValueError, "plans[0], (1, 8, 9)"),
         ([SMALL_IMAGE], {"plans": [None]}, TypeError, "plans[0] must be a Plan"),
-        ([SMALL_IMAGE], {"mean": (0, 0)}, ValueError, "mean and std must be one"),
+        ([SMALL_IMAGE], {"mean": (0, 0)}, ValueError, "mean must have 3 numbers"),
         ([SMALL_IMAGE], {"std": (0, 1, 1)}, ValueError, "std must be above 0"),
-        ([SMALL_IMAGE], {"dtype": torch.int32}, TypeError, "dtype must be one of"),
+        ([SMALL_IMAGE], {"dtype": torch.int32}, TypeError, "dtype must be floating"),
         (
             [SMALL_IMAGE] * 2,
             {"plans": [plan(8, 8), plan(8, 8, patch_size=7)]},

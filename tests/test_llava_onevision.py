@@ -157,6 +157,22 @@ def test_small_images_are_not_scaled_up_further_than_needed():
     assert plan(385, 385).tiles == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "tiles", "unpadded", "target_hw", "llm_tokens"),
+    [
+        (800, 1300, (4, 3), (108, 67), (108, 67), 8073),
+        (1920, 1080, (3, 5), (75, 135), (60, 108), 7269),
+        (2000, 1500, (4, 6), (108, 144), (70, 93), 7309),
+    ],
+)
+def test_other_sizes_have_the_maps_of_the_original(
+    width, height, tiles, unpadded, target_hw, llm_tokens
+):
+    p = plan(height, width)
+    assert (p.tiles, p.crop[2:]) == (tiles, unpadded)
+    assert (p.target_hw, p.llm_tokens) == (target_hw, llm_tokens)
+
+
 def test_maps_are_shrunk_only_beyond_the_slack():
     # 81 x 81 tokens are the limit
     assert plan(1152, 1152).target_hw == (81, 81)
@@ -486,6 +502,13 @@ def test_pooling_is_the_originals(inputs, outputs):
             torch.testing.assert_close(got, torch.tensor(outputs[name]), rtol=0, atol=1e-4)
 
 
+def test_bilinear_pooling_of_odd_sides_is_the_originals():
+    for side, first in ((5, [2, 3.6666667, 5.3333333]), (27, [13, 14.928571, 16.857143])):
+        p = plan_video(1, None, 48, 64, newline="no_token", image_size=14 * side)
+        pooled = merge_patches(torch.arange(side**2.0)[:, None], None, [p], impl="reference")
+        torch.testing.assert_close(pooled[:3, 0], torch.tensor(first), rtol=0, atol=1e-5)
+
+
 @golden("bilinear_1d_matrix")
 def test_bilinear_pooling_has_the_originals_weights(inputs, outputs):
     assert (inputs["n_in"], inputs["n_out"]) == (27, 14)
@@ -577,6 +600,8 @@ def test_gradients_reach_the_tokens_the_projector_and_the_newline(p, impl):
             "tokens must be the 1458 of plans, got [729, 2]",
         ),
         ({"tokens": torch.zeros(1458)}, ValueError, "tokens must have shape [*, *], got [1458]"),
+        ({"plans": [(2, 3)]}, TypeError, "plans[0] must be a Plan, got tuple"),
+        ({"plans": plan(384, 384)}, TypeError, "plans must be a sequence of plans, got Plan"),
         ({"newline": torch.zeros(3)}, ValueError, "newline must have shape [2], got [3]"),
         ({"newline": None}, ValueError, "vectors must have the 1 vectors of layout, got None"),
         ({"newline": torch.zeros(2).double()}, TypeError, "vectors must have the dtype of tokens"),
@@ -587,6 +612,15 @@ def test_merge_patches_names_what_it_refuses(arguments, error, message):
     given = {"tokens": torch.zeros(2, 729, 2), "newline": torch.zeros(2), "plans": [plan(384, 384)]}
     with pytest.raises(error, match=re.escape(message)):
         merge_patches(**{**given, **arguments})
+
+
+def test_a_projector_runs_under_autocast():
+    plans = [plan(56, 56, image_size=56), plan_video(2, None, 56, 56, image_size=56)]
+    x = torch.randn(sum(p.vit_tokens for p in plans), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = Projector(4, 6)(x, plans)
+    assert tokens.dtype == torch.bfloat16
+    assert len(tokens) == sum(p.llm_tokens for p in plans)
 
 
 def test_without_newlines_none_is_needed():
@@ -720,7 +754,7 @@ SMALL_IMAGE = np.zeros((8, 8, 3), np.uint8)
         ([SMALL_IMAGE], {"plans": [None]}, TypeError, "plans[0] must be a Plan"),
         ([SMALL_IMAGE], {"mean": (0, 0)}, ValueError, "mean must have 3 numbers"),
         ([SMALL_IMAGE], {"std": (0, 1, 1)}, ValueError, "std must be above 0"),
-        ([SMALL_IMAGE], {"dtype": torch.int32}, TypeError, "dtype must be one of"),
+        ([SMALL_IMAGE], {"dtype": torch.int32}, TypeError, "dtype must be floating"),
         (
             [SMALL_IMAGE] * 2,
             {"plans": [plan(8, 8), plan(8, 8, patch_size=16)]},

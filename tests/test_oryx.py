@@ -50,6 +50,24 @@ def test_the_views_of_an_image_are_the_originals(inputs, outputs):
     assert p.llm_tokens == p.total_tokens == outputs["image_tokens_total"]
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "low", "high", "llm_tokens"),
+    [
+        (1536, 1536, (384, 384), (1536, 1536), 9915),
+        (4000, 500, (128, 1088), (480, 4000), 8085),
+    ],
+)
+def test_other_images_have_the_views_of_the_original(width, height, low, high, llm_tokens):
+    p = plan(height, width)
+    assert (p.low, p.high, p.llm_tokens) == (low, high, llm_tokens)
+
+
+def test_another_video_has_the_frames_of_the_original():
+    p = plan_video(64, None, 200, 200)
+    assert (p.high, p.grids, p.llm_tokens) == ((256, 256), ((64, 16, 16),), 4674)
+    assert plan_video(64, None, 200, 200, modality="video_long").high == (256, 256)
+
+
 @golden("video_sizes")
 def test_the_frames_of_a_video_are_the_originals(inputs, outputs):
     size = (inputs["height"], inputs["width"])
@@ -381,7 +399,7 @@ def test_odd_maps_are_refused_as_by_the_original(inputs, outputs):
 
 
 def compress_by_hand(compressor, x, t, h, w, r):
-    """The paper's words: queries of means, keys of patches, values as they are, all projected."""
+    """The original's steps: queries of means, keys of patches, values as they are."""
     cells = x.view(t, h // r, r, w // r, r, -1).transpose(2, 3).reshape(-1, r * r, x.shape[1])
     mean = cells.mean(1)
     query = compressor.vlm_query_projector(mean)[:, None]
@@ -509,6 +527,8 @@ def test_vectors_take_the_dtype_of_tokens():
     assert path(x, BATCH[:1]).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert TokenPath(4, 6)(x.float(), BATCH[:1]).dtype == torch.bfloat16
+        every = torch.randn(sum(p.vit_tokens for p in BATCH), 4)
+        assert TokenPath(4, 6)(every, BATCH).dtype == torch.bfloat16
 
 
 def test_the_token_path_names_what_it_refuses():

@@ -123,6 +123,16 @@ def test_positions_count_seconds_as_the_original(inputs, outputs):
         assert torch.equal(mrope_position_ids(**call)[0], position_ids)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "times"), [(0.25, [3, 3, 4, 4, 5, 6, 7]), (1.5, [3, 6, 9, 12, 13, 14, 15])]
+)
+def test_parts_of_seconds_are_counted_as_by_the_original(seconds, times):
+    ids = torch.tensor([TEXT, TEXT, VISION_START, *[VIDEO_PAD] * 4, VISION_END, TEXT, TEXT])
+    grid, second_per_grid_ts = torch.tensor([[4, 2, 2]]), torch.tensor([seconds])
+    got, _ = mrope_position_ids(ids, None, grid, second_per_grid_ts=second_per_grid_ts)
+    assert got[0].tolist() == [0, 1, 2, *times]
+
+
 def test_an_image_has_qwen2_vls_plan_and_pixels():
     assert plan(480, 640) == qwen2_vl.plan(480, 640)
     image = np.arange(61 * 95 * 3, dtype=np.uint8).reshape(61, 95, 3)

@@ -1,6 +1,7 @@
 """Qwen2-VL's plans, pixels and positions, against outputs of the original code and plain loops."""
 
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchpack import PackedGrid, patchify
-from patchpack.systems import qwen2_vl
+from patchpack.systems import _images, qwen2_vl
 from patchpack.systems.qwen2_vl import (
     IMAGE_PAD,
     VIDEO_PAD,
@@ -78,6 +79,25 @@ def test_smart_resize_is_the_originals(inputs, outputs):
         height, width = smart_resize(**inputs, **options)
         assert [height, width] == outputs[name]["hw"]
         assert height * width // options.get("factor", 28) ** 2 == outputs[name]["llm_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "options", "resized"),
+    [
+        (57, 5600, {}, (56, 5600)),
+        (4000, 3000, {}, (1148, 840)),
+        (4000, 3000, {"variant": "qwen_vl_utils"}, (4004, 2996)),
+        (4000, 3000, {"variant": "qwen_vl_utils", "factor": 32}, (4000, 3008)),
+        (800, 1300, {}, (784, 1260)),
+        (800, 1300, {"variant": "qwen_vl_utils"}, (812, 1288)),
+        (1, 100, {}, (28, 560)),
+        (1, 100, {"variant": "qwen_vl_utils"}, (28, 112)),
+        (1, 100, {"min_pixels": 256 * 784}, (56, 4480)),
+        (1, 100, {"variant": "qwen_vl_utils", "factor": 32}, (32, 640)),
+    ],
+)
+def test_other_sizes_are_resized_as_by_the_original(height, width, options, resized):
+    assert smart_resize(height, width, **options) == resized
 
 
 @golden("smart_resize_extreme")
@@ -252,6 +272,35 @@ def test_smart_nframes_is_the_originals(inputs, outputs):
         p = plan_video(*arguments, 240, 320, **inputs["ele"], variant=variant)
         assert p.num_frames == count
         assert p.grid_thw[0] == count // 2
+
+
+@pytest.mark.parametrize(
+    ("total", "video_fps", "options", "count"),
+    [
+        (3000, 30, {}, 200),
+        (3, 1, {}, 2),
+        (1801, 30, {"max_frames": 128}, 120),
+        (100, 30, {"nframes": 9}, 8),
+    ],
+)
+def test_other_videos_have_the_originals_number_of_frames(total, video_fps, options, count):
+    for version in ("0_0_8", "0_0_14"):
+        variant = f"qwen_vl_utils_{version}"
+        assert smart_nframes(total, video_fps, **options, variant=variant) == count
+
+
+@pytest.mark.parametrize(
+    ("count", "height", "width", "tokens", "resized", "llm_tokens"),
+    [
+        (128, 720, 1280, 24_576, (392, 728), 23_296),
+        (256, 720, 1280, 24_576, (280, 504), 23_040),
+        (768, 720, 1280, 24_576, (224, 420), 46_080),
+        (64, 1080, 1920, 16_384, (448, 840), 15_360),
+    ],
+)
+def test_other_videos_have_the_originals_budget(count, height, width, tokens, resized, llm_tokens):
+    p = plan_video(count, None, height, width, total_pixels=tokens * 28**2)
+    assert (p.resized, p.llm_tokens) == (resized, llm_tokens)
 
 
 @golden("frame_indices")
@@ -591,6 +640,29 @@ def test_preprocess_follows_its_plans():
     assert pixels.amax() <= 1
     still = pixels[: plans[0].vit_tokens].view(-1, 3, 4, 256)
     assert torch.equal(still, still[:, :, :1].expand_as(still))
+
+
+def test_an_rgb_image_is_not_copied():
+    image = picture(61, 95)
+    assert _images.to_rgb("image", image) is image
+
+
+@pytest.mark.parametrize(
+    "name", ["internvl", "llava_onevision", "oryx", "qwen3_vl", "siglip2", "moonvit", "pixtral"]
+)
+def test_every_system_takes_any_floating_dtype_and_three_numbers(name):
+    system = importlib.import_module(f"patchpack.systems.{name}")
+    images = [picture(64, 96)]
+    want = system.preprocess(images)[0].double()
+    assert torch.equal(system.preprocess(images, dtype=torch.float64)[0], want)
+    for options, message in (
+        ({"mean": [0.5]}, r"mean must have 3 numbers, got \[0\.5\]"),
+        ({"std": (1, 0, 1)}, r"std must be above 0, got \(1, 0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            system.preprocess(images, **options)
+    with pytest.raises(TypeError, match=r"dtype must be floating, got torch\.int32"):
+        system.preprocess(images, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

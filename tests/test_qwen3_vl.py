@@ -127,7 +127,9 @@ def test_video_smart_resize_is_the_originals(inputs, outputs):
 
 
 def test_golden_size_of_many_frames():
+    assert video_smart_resize(16, 1080, 1920) == (640, 1152)
     assert video_smart_resize(64, 720, 1280) == (320, 576)
+    assert video_smart_resize(768, 720, 1280) == (96, 160)
 
 
 COUNTS = st.integers(1, 900)

@@ -30,6 +30,12 @@ def test_the_size_of_an_image_is_the_originals(case):
     assert p.vit_tokens == p.llm_tokens == p.total_tokens == outputs["patches"]
 
 
+def test_other_images_have_the_originals_size():
+    assert image_size(1080, 1920, max_num_patches=1024) == (384, 672)
+    assert image_size(800, 1300, max_num_patches=576) == (304, 480)
+    assert image_size(333, 500, patch_size=14, max_num_patches=729) == (308, 462)
+
+
 @settings(max_examples=40)
 @given(SIZES, SIZES, st.sampled_from([14, 16]), st.integers(1, 4096))
 def test_every_size_is_that_of_transformers(height, width, patch_size, budget):

@@ -249,7 +249,8 @@ def get_mrope_position_ids(
         image_grid_thw: Frames, rows and columns of each image, in patches, int64 or int32
             ``[images, 3]`` on the device of ``input_ids``, in the order of their tokens.
         video_grid_thw: The same of each video, ``[videos, 3]``.
-        attention_mask: Shape of ``input_ids``, bool or integer; zero marks padding, on either side.
+        attention_mask: Shape of ``input_ids``, bool, int64 or int32; zero marks padding, on either
+            side.
         vision_start_token_id: The token before an image or video.
         image_token_id: The token of an image.
         video_token_id: The token of a video.

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchpack import _check, patchify
+from patchpack.packing import PackedGrid
 from patchpack.systems._plan import Plan
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def to_rgb(name: str, image: Any) -> PIL.Image.Image:
     if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def is_video(image: Any) -> bool:
@@ -137,6 +139,32 @@ def _listed(name: str, values: Any) -> list[Any]:
             f"{name} must be a sequence of {name}, got one {name[:-1]}, {type(values).__name__}"
         )
     return list(values)
+
+
+def patches(
+    images: Sequence[Tensor],
+    grid: PackedGrid,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    **options: Any,
+) -> Tensor:
+    """The patches that ``patchify`` makes of ``images``, RGB, in any floating ``dtype``."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating, got {dtype!r}")
+    center, scale = three_numbers("mean", mean), three_numbers("std", std)
+    if not (scale > 0).all():
+        raise ValueError(f"std must be above 0, got {std}")
+    pixels = patchify(
+        images,
+        grid,
+        mean=center.tolist(),
+        std=scale.tolist(),
+        dtype=dtype if dtype in _check.FLOATS else torch.float32,
+        **options,
+    )
+    return pixels.to(dtype)
 
 
 def three_numbers(name: str, values: Sequence[float]) -> np.ndarray:

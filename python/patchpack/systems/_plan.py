@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 
 class Plan:
@@ -49,6 +49,20 @@ class Plan:
     def total_tokens(self) -> int:
         """What the image or video takes of the language model's context."""
         return self.llm_tokens + self.markup_tokens
+
+
+P = TypeVar("P", bound=Plan)
+
+
+def listed(plans: Iterable[P], kind: type[P]) -> list[P]:
+    """``plans`` as a list, all of them of ``kind``."""
+    if not isinstance(plans, Iterable):
+        raise TypeError(f"plans must be a sequence of plans, got {type(plans).__name__}")
+    plans = list(plans)
+    for i, p in enumerate(plans):
+        if not isinstance(p, kind):
+            raise TypeError(f"plans[{i}] must be a {kind.__name__}, got {type(p).__name__}")
+    return plans
 
 
 def shared(plans: Iterable[Plan], name: str, default: Any) -> Any:

@@ -56,7 +56,7 @@ def _target_ratios(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...
 def target_ratios(min_tiles: int = 1, max_tiles: int = MAX_TILES) -> tuple[tuple[int, int], ...]:
     """All arrangements of ``min_tiles`` to ``max_tiles`` tiles, few tiles first.
 
-    There are 35 up to 12 tiles, the limit in training, and 158 up to 40, that in inference.
+    There are 35 up to 12 tiles, the limit of the released scripts for training, and 158 up to 40.
 
     Args:
         min_tiles: Fewest tiles.
@@ -196,7 +196,7 @@ def plan(
             rounded down, but at least 1. So it is in training; the released code for inference
             gives every image all of ``max_tiles``.
         min_tiles: Fewest tiles.
-        max_tiles: Most tiles: 12 in training, up to 40 in inference.
+        max_tiles: Most tiles: 12 in the released scripts for training; inference may take more.
         use_thumbnail: Let the whole image, resized to one tile, follow more tiles than one.
         image_size: Side of a tile, in pixels.
         patch_size: Side of a patch, in pixels.
@@ -265,11 +265,12 @@ def frame_indices(
         TypeError: A number is not one.
     """
     total_frames, num_segments = _check.whole(total_frames=total_frames, num_segments=num_segments)
+    if video_fps is not None:
+        (video_fps,) = _check.numbers(video_fps=video_fps)
     first, last = 0, total_frames - 1
     if bound is not None:
         if video_fps is None:
             raise ValueError("video_fps must be given with bound, got None")
-        (video_fps,) = _check.numbers(video_fps=video_fps)
         start, end = _seconds(bound)
         first, last = max(0, round(start * video_fps)), min(round(end * video_fps), last)
         if first > last:
@@ -407,9 +408,7 @@ def preprocess(
             tiles += [frame[:, y : y + size, x : x + size] for y, x in p.boxes]
             tiles += [] if thumbnail is None else [thumbnail]
     grid = PackedGrid([size for p in plans for size in p.grids])
-    pixels = patchpack.patchify(
-        tiles, grid, patch_size=sizes.pop(), mean=mean, std=std, dtype=dtype
-    )
+    pixels = _images.patches(tiles, grid, patch_size=sizes.pop(), mean=mean, std=std, dtype=dtype)
     return pixels, grid
 
 

@@ -7,8 +7,7 @@ what is still too large and ends rows with a learned newline (``layout``, ``merg
 ``Projector``).
 
 Source: Li et al., "LLaVA-OneVision: Easy Visual Task Transfer", arXiv 2408.03326, with the
-behaviour of the released code, LLaVA-VL/LLaVA-NeXT. Where the two differ the code is followed:
-the paper's limit on tokens includes the base view and is kept; the code's leaves out the base view
+behaviour of the released code, LLaVA-VL/LLaVA-NeXT. Its limit on tokens leaves out the base view
 and the newlines, and does nothing up to 1.21 times the limit, so that an image can take 8765 tokens
 where 7290 are documented. Not here are the merge types ``flat``, ``nobase`` and ``maxpool2x2``,
 fast and slow frames (``add_faster_video``, which cannot run), and the blank image that the code
@@ -288,7 +287,7 @@ def plan(
         max_tiles: N of ``anyres_max_N``. If the map of the crops, without padding, has more than
             1.21 times the tokens of N crops, it is resized to at most that of N; ``None``, plain
             ``anyres``, never.
-        unpad: ``spatial_unpad``, the merge type of the released models: cut the padding off the
+        unpad: ``spatial_unpad``, the merge type of the released scripts: cut the padding off the
             map, resize it if it is too large, write newlines. Without it, ``spatial``, the map is
             kept as it is.
         image_size: Side of a crop, in pixels.
@@ -396,8 +395,10 @@ def plan_video(
             without antialiasing; ``"average"`` and ``"max"`` take 2 x 2 tokens at a time, leave
             out the last row and column and give 13 x 13. The original's stride is always 2 too,
             whatever its configuration says.
-        newline: Where newlines are: ``"one_token"`` after the video, as in the released models;
-            ``"frame"`` after each frame; ``"grid"`` after each row; ``"no_token"`` nowhere.
+        newline: Where newlines are: ``"one_token"`` after the video, as in transformers;
+            ``"frame"`` after each frame; ``"grid"`` after each row, the default of the original's
+            training code; ``"no_token"`` nowhere. A checkpoint is to be run with what it was
+            trained with, its ``mm_newline_position``.
         unpad: Merge type ``spatial_unpad``. Without it there are no newlines.
         image_size: Side that frames are resized to, in pixels.
         patch_size: Side of a patch, in pixels.
@@ -511,9 +512,7 @@ def preprocess(
             tiled = canvas.unfold(1, size, size).unfold(2, size, size)  # [3, rows, cols, ..]
             crops += tiled.flatten(1, 2).unbind(1)
     grid = PackedGrid([size for p in plans for size in p.grids])
-    pixels = patchpack.patchify(
-        crops, grid, patch_size=sizes.pop(), mean=mean, std=std, dtype=dtype
-    )
+    pixels = _images.patches(crops, grid, patch_size=sizes.pop(), mean=mean, std=std, dtype=dtype)
     return pixels, grid
 
 
@@ -539,9 +538,12 @@ def layout(plans: Iterable[Plan], *, device: torch.device | str | None = None) -
         The layout for ``patchpack.assemble``, of as many tokens as the plans have ``llm_tokens``.
         Vector 0 is the newline. Tokens are those of all crops in a row, ``grids`` of every plan
         after each other; but a frame under pooling ``"max"``, which is no resizing, comes pooled.
+
+    Raises:
+        TypeError: There is something else than plans.
     """
     parts, first = [], 0
-    for p in plans:
+    for p in _plan.listed(plans, Plan):
         parts += _parts(p, first)
         first += p.num_crops * math.prod(_tile_hw(p))
     return TokenLayout(parts, device=device)
@@ -591,7 +593,7 @@ def merge_patches(
         ValueError: ``tokens`` are not those of ``plans``, or ``newline`` does not fit.
         TypeError: An argument has another type, or the dtypes differ.
     """
-    plans = list(plans)
+    plans = _plan.listed(plans, Plan)
     _check.shape("tokens", tokens, *[None] * (3 if getattr(tokens, "ndim", 2) == 3 else 2))
     want = sum(p.vit_tokens for p in plans)
     if tokens.shape[:-1].numel() != want:
@@ -651,4 +653,5 @@ class Projector(nn.Module):
         Returns:
             ``[sum of llm_tokens, llm_hidden_size]``, image by image.
         """
-        return merge_patches(self.mm_projector(x), self.image_newline, plans, impl=impl)
+        tokens = self.mm_projector(x)
+        return merge_patches(tokens, self.image_newline.to(tokens.dtype), plans, impl=impl)

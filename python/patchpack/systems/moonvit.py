@@ -26,7 +26,6 @@ from patchpack import (
     add_pos_embed,
     interpolate_tokens,
     merge_tokens,
-    patchify,
     rope_2d,
 )
 from patchpack.packing import PackedGrid
@@ -249,7 +248,8 @@ def preprocess(
         below, right = (a - b for a, b in zip(p.padded, p.resized, strict=True))
         frames = F.pad(_images.resized(clip, *p.resized), (0, right, 0, below))
         padded += frames.split(CLIP_FRAMES)
-    return patchify(padded, grid, patch_size=patch_size, mean=mean, std=std, dtype=dtype), grid
+    pixels = _images.patches(padded, grid, patch_size=patch_size, mean=mean, std=std, dtype=dtype)
+    return pixels, grid
 
 
 # Positions ---------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def add_position(x: Tensor, table: Tensor, grid: PackedGrid, *, impl: str | None
 
     Args:
         x: Embedded patches, ``[T, C]``.
-        table: Learned embeddings, ``[rows, cols, C]``, 64 x 64 in the released models; resized to
+        table: Learned embeddings, ``[rows, cols, C]``, 64 x 64 in Kimi K2.5; resized to
             every image, bicubic.
         grid: Which images and clips the patches are, on the device of ``x``.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.

@@ -8,7 +8,9 @@ positions (``preprocess``, ``add_position``), on-demand compression by 1, 4 or 1
 
 Source: Liu et al., "Oryx MLLM: On-Demand Spatial-Temporal Understanding at Arbitrary Resolution",
 arXiv 2409.12961, with the behaviour of the released code, Oryx-mllm/Oryx, under the settings of its
-released scripts.
+released scripts. Not here are images padded to the stride in grey (``PAD2STRIDE``, off in them), a
+random bound on the frames of a long video, and scores of the compressor that are no numbers: the
+original takes 0 for them, here they spread.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from patchpack import (
     add_pos_embed,
     assemble,
     interpolate_tokens,
-    patchify,
     region_attention,
 )
 from patchpack.layout import FeatureMap, TokenLayout, Vector
@@ -214,8 +215,8 @@ def plan_video(
 
     Args:
         total_frames: Frames of the video.
-        video_fps: Frames per second of the video, or ``None``: it changes nothing. The paper's one
-            frame a second is how its videos were stored.
+        video_fps: Frames per second of the video, or ``None``: it changes nothing, the original
+            takes the frames of a file as they come.
         height: Height of a frame, in pixels.
         width: Width of a frame, in pixels.
         modality: ``"video"``: stride 64, compression by 4; ``"video_long"``: stride 128, by 16.
@@ -307,7 +308,8 @@ def preprocess(
             clip = _resized(_resized(clip, p.enlarged), p.high)  # a step at a time, in bytes
             views.append(_images.resized(clip, *p.low))
         views.append(_images.resized(clip, *p.high))
-    return patchify(views, grid, patch_size=PATCH_SIZE, mean=mean, std=std, dtype=dtype), grid
+    pixels = _images.patches(views, grid, patch_size=PATCH_SIZE, mean=mean, std=std, dtype=dtype)
+    return pixels, grid
 
 
 def _resized(clip: list[PIL.Image.Image], size: tuple[int, int]) -> list[PIL.Image.Image]:
@@ -394,6 +396,7 @@ class DynamicCompressor(nn.Module):
         )  # [T / region^2, C]
         query = self.vlm_query_projector(pooled) @ self.vlm_key_projector.weight
         scale = SCORE_CHANNELS**-0.5
+        query = query.to(x.dtype)  # which autocast made narrower
         out = region_attention(query, x, grid, region, softmax_scale=scale, impl=self.impl)
         return out, merged
 
@@ -419,7 +422,7 @@ def layout(plans: Iterable[Plan], *, device: torch.device | str | None = None) -
         TypeError: There is something else than plans.
     """
     parts, first = [], 0
-    for p in _listed(plans):
+    for p in _plan.listed(plans, Plan):
         parts.append(Vector(BEGIN))
         for i, (h, w) in enumerate((h, w) for t, h, w in p.maps for _ in range(t)):
             parts.append(FeatureMap(first, (h, w), newline=NEWLINE))
@@ -428,16 +431,6 @@ def layout(plans: Iterable[Plan], *, device: torch.device | str | None = None) -
                 parts.append(Vector(SEPARATOR))
         parts.append(Vector(END))
     return TokenLayout(parts, device=device)
-
-
-def _listed(plans: Iterable[Plan]) -> list[Plan]:
-    if not isinstance(plans, Iterable):
-        raise TypeError(f"plans must be a sequence of plans, got {type(plans).__name__}")
-    plans = list(plans)
-    for i, p in enumerate(plans):
-        if not isinstance(p, Plan):
-            raise TypeError(f"plans[{i}] must be a Plan, got {type(p).__name__}")
-    return plans
 
 
 class SimpleMlp(nn.Module):
@@ -523,7 +516,7 @@ class TokenPath(nn.Module):
             ValueError: ``x`` has not the patches of ``plans``.
             TypeError: An argument has the wrong type.
         """
-        plans = _listed(plans)
+        plans = _plan.listed(plans, Plan)
         sizes = [p.vit_tokens for p in plans]
         _check.shape("x", x, sum(sizes), self.vision_resampler.vlm_query_projector.in_features)
         regions = {p.region for p in plans}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from patchpack import _check, patchify, rope_2d
+from patchpack import _check, rope_2d
 from patchpack.packing import PackedGrid
 from patchpack.systems import _images, _plan
 
@@ -152,7 +152,8 @@ def preprocess(
     patch_size = _plan.shared(plans, "patch_size", 16)
     grid = PackedGrid([g for p in plans for g in p.grids])
     resized = [_images.resized(clip, *p.resized) for clip, p in zip(clips, plans, strict=True)]
-    return patchify(resized, grid, patch_size=patch_size, mean=mean, std=std, dtype=dtype), grid
+    pixels = _images.patches(resized, grid, patch_size=patch_size, mean=mean, std=std, dtype=dtype)
+    return pixels, grid
 
 
 # Positions ---------------------------------------------------------------------------------------

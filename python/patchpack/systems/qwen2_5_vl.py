@@ -51,7 +51,7 @@ __all__ = [
 WINDOW_SIZE = 112
 # blocks of the vision encoder in which a frame attends to all of itself
 FULL_ATTENTION_BLOCKS = (7, 15, 23, 31)
-# of the released models; the configuration class of transformers has 4
+# of Qwen's code for finetuning; the configuration class of transformers has 4 by default
 TOKENS_PER_SECOND = 2
 
 

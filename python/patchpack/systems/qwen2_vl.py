@@ -7,7 +7,9 @@ multimodal rotary position embedding (``mrope_position_ids``, applied by ``patch
 Source: Wang et al., "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any
 Resolution", arXiv 2409.12191, with the behaviour of the released code: the Qwen2-VL classes of
 transformers, and qwen-vl-utils. The original pipeline resizes twice, once in each of the two, and
-their limits differ; here one plan decides.
+their limits differ; here one plan decides. Not here are sizes given outright (``resized_height``,
+``resized_width``), parts of a video (``video_start``, ``video_end``), and the positions of
+transformers 5, where text after a video may overlap it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from patchpack import _check, metadata, patchify
+from patchpack import _check, metadata
 from patchpack.packing import PackedGrid
 from patchpack.systems import _images, _plan
 
@@ -307,8 +309,8 @@ def max_frame_pixels(
         nframes: Frames that are used.
         min_pixels: Smallest area of a frame; by default 128 tokens' worth.
         total_pixels: Area of the video, counted once for the frames of a temporal patch; by default
-            24576 tokens' worth, and 115200 in ``"qwen_vl_utils_0_0_14"``. The paper trained with
-            16384, which is ``16384 * factor**2``.
+            24576 tokens' worth, and 115200 in ``"qwen_vl_utils_0_0_14"``. For a budget of 16384
+            tokens give ``16384 * factor**2``.
         factor: Side of one language-model token, in pixels.
         temporal_patch_size: Frames to a patch.
         variant: Whose default for ``total_pixels``.
@@ -491,11 +493,6 @@ def preprocess(
         TypeError: An image, a plan or ``dtype`` is of no kind listed above, or ``images`` or
             ``plans`` is one alone.
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating, got {dtype!r}")
-    center, scale = _images.three_numbers("mean", mean), _images.three_numbers("std", std)
-    if not (scale > 0).all():
-        raise ValueError(f"std must be above 0, got {std}")
     clips, plans = _images.clips_of(images, plans, Plan, _default_plan)
     sizes = {(p.patch_size, p.temporal_patch_size, p.merge_size) for p in plans} or {(14, 2, 2)}
     if len(sizes) > 1:
@@ -503,16 +500,16 @@ def preprocess(
     ((patch_size, temporal_patch_size, merge_size),) = sizes
 
     grid = PackedGrid([p.grid_thw for p in plans], merge_size)
-    pixels = patchify(
+    pixels = _images.patches(
         [_images.resized(clip, *p.resized) for clip, p in zip(clips, plans, strict=True)],
         grid,
         patch_size=patch_size,
         temporal_patch_size=temporal_patch_size,
-        mean=center.tolist(),
-        std=scale.tolist(),
-        dtype=dtype if dtype in _check.FLOATS else torch.float32,
+        mean=mean,
+        std=std,
+        dtype=dtype,
     )
-    return pixels.to(dtype), grid
+    return pixels, grid
 
 
 # Multimodal rotary position embedding ------------------------------------------------------------

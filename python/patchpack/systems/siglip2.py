@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from patchpack import _check, add_pos_embed, patchify, varlen_attention
+from patchpack import _check, add_pos_embed, varlen_attention
 from patchpack.packing import PackedGrid
 from patchpack.systems import _images, _plan
 
@@ -189,7 +189,7 @@ def preprocess(
     resized = [
         _images.resized(clip, *p.resized, "bilinear") for clip, p in zip(clips, plans, strict=True)
     ]
-    pixels = patchify(
+    pixels = _images.patches(
         resized, grid, patch_size=patch_size, mean=mean, std=std, layout="ppc", dtype=dtype
     )
     return pixels, grid
