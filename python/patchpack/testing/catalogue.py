@@ -489,14 +489,6 @@ def _assemble_images(
     return images
 
 
-def _assemble_tiles(**options) -> list[Inputs]:
-    """Tokens as an encoder of tiles leaves them: ``[tiles, n, C]``."""
-    images = _assemble_images(**options)
-    for (_, h, w), image in zip(options["sizes"], images, strict=True):
-        image["tokens"] = image["tokens"].unflatten(0, (-1, h * w or 1))
-    return images
-
-
 def _anyres(t: int, h: int, w: int) -> list[FeatureMap]:
     """A view of the whole, and ``t`` tiles beside each other, cropped and made smaller."""
     crop = (1, 0, h - 1, t * w) if h > 1 else None
