@@ -136,12 +136,13 @@ def _as_dicts(checks: list[Accuracy]) -> list[dict]:
 
 
 def _systems_table(results: dict[str, _demo_systems.Result]) -> Table:
-    """On smaller budgets: tokens, the worst of all outputs and gradients, and seconds."""
-    table = Table("forward and backward,\nfused against reference", title_justify="left")
-    for name in ("ViT\ntokens", "LLM\ntokens", "checks", "largest error\nof what is allowed"):
+    """Of the smaller budgets: tokens, the worst of all outputs and gradients, and seconds."""
+    table = Table()
+    table.add_column("forward and\nbackward", no_wrap=True)
+    for name in ("ViT\ntokens", "LLM\ntokens", "checks", "error, of\nallowed"):
         table.add_column(name, justify="right")
-    table.add_column("fused, s", justify="right")
-    table.add_column("reference, s", justify="right")
+    table.add_column("fused,\ns", justify="right")
+    table.add_column("reference,\ns", justify="right")
     for name, result in results.items():
         failed = [check.name for check in result.checks if not check.passed]
         verdict = f"[red]FAILED: {', '.join(failed)}" if failed else "[green]ok"
