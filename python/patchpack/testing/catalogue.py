@@ -383,7 +383,7 @@ _INTERPOLATE_TOKENS = Spec(
             "channels": 1,
         },
         "far smaller, antialias": {
-            "sizes": [(1, 27, 27), (1, 40, 9)],
+            "sizes": [(1, 27, 10), (1, 40, 4)],
             "target_hw": [(2, 2), (3, 1)],
             "mode": "bicubic",
             "antialias": True,
