@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import compiler_options
+from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit
 
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
@@ -135,12 +135,11 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
     ``angle_args`` are the kernel's own arguments, which say where its angles come from.
     """
     num_tokens, num_q_heads, head_dim = q.shape
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = last_contiguous(q), last_contiguous(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if num_tokens == 0:
         return q_out, k_out
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    unit = stride_unit(q, k)
     block_i = triton.next_power_of_2(num_pairs)
     block_t = max(1, 1024 // block_i)
     kernel[(triton.cdiv(num_tokens, block_t),)](
@@ -150,7 +149,7 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
         k_out,
         *angle_args,
         num_tokens,
-        *(s // unit for s in strides),
+        *(stride // unit for x in (q, k) for stride in x.stride()[:2]),
         NUM_Q_HEADS=num_q_heads,
         NUM_K_HEADS=k.shape[1],
         HEAD_DIM=head_dim,

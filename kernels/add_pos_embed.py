@@ -12,7 +12,14 @@ from patchpack.kernels._resample import (
     num_taps,
     weight_at,
 )
-from patchpack.kernels._tiles import cell_to_token, compiler_options, locate
+from patchpack.kernels._tiles import (
+    cell_to_token,
+    compiler_options,
+    last_contiguous,
+    locate,
+    row_tiles,
+    stride_unit,
+)
 
 NUM_PROGRAMS = 2048  # enough for every multiprocessor to have several at a time
 
@@ -219,13 +226,10 @@ def add(
     saved = x.new_empty(num_tokens if antialias else 0, dtype=torch.float32)
     if num_tokens == 0:
         return out, saved
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    table = table if table.stride(-1) == 1 else table.contiguous()
-    strides = x.stride(0), table.stride(0), table.stride(1)
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    block_c = min(triton.next_power_of_2(num_channels), 128)
-    block_t = min(4096 // block_c, 128)  # one token a thread
-    _add_kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_channels, block_c),)](
+    x, table = last_contiguous(x), last_contiguous(table)
+    unit = stride_unit(x, table)
+    grid, block_t, block_c = row_tiles(num_tokens, num_channels)
+    _add_kernel[grid](
         x,
         table,
         geometry,
@@ -236,7 +240,9 @@ def add(
         num_tokens,
         table.shape[0],
         table.shape[1],
-        *(stride // unit for stride in strides),
+        x.stride(0) // unit,
+        table.stride(0) // unit,
+        table.stride(1) // unit,
         MODE=mode,
         ALIGN_CORNERS=align_corners,
         ANTIALIAS=antialias,
@@ -266,8 +272,8 @@ def add_bwd(
 ) -> Tensor:
     num_tokens, num_channels = grad.shape
     num_grids = geometry.shape[0] - 1
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    unit = 8 if grad.stride(0) % 8 == 0 else 1
+    grad = last_contiguous(grad)
+    unit = stride_unit(grad)
     block_cols = min(triton.next_power_of_2(cols), 16)
     block_c = min(triton.next_power_of_2(num_channels), 128)
     num_blocks = rows * triton.cdiv(cols, block_cols) * triton.cdiv(num_channels, block_c)

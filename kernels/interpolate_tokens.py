@@ -12,7 +12,14 @@ from patchpack.kernels._resample import (
     num_taps,
     weight_at,
 )
-from patchpack.kernels._tiles import cell_to_token, compiler_options, locate
+from patchpack.kernels._tiles import (
+    cell_to_token,
+    compiler_options,
+    last_contiguous,
+    locate,
+    row_tiles,
+    stride_unit,
+)
 
 
 @triton.jit
@@ -254,16 +261,15 @@ def _launch(
     align_corners: bool,
     antialias: bool,
 ) -> None:
-    """Launch ``kernel`` on tiles of at most 4096 elements of ``out``."""
+    """Launch ``kernel`` on tiles of ``out``."""
     if out.numel() == 0:
         return
     num_tokens, num_channels = out.shape
     num_grids = geometry.shape[0] - 1
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    unit = 8 if x.stride(0) % 8 == 0 else 1
-    block_c = min(triton.next_power_of_2(num_channels), 128)
-    block_t = min(4096 // block_c, 128)  # one token a thread
-    kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_channels, block_c),)](
+    x = last_contiguous(x)
+    unit = stride_unit(x)
+    grid, block_t, block_c = row_tiles(num_tokens, num_channels)
+    kernel[grid](
         x,
         geometry,
         target_geometry,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import block_to_token, compiler_options
+from patchpack.kernels._tiles import block_to_token, compiler_options, last_contiguous, stride_unit
 
 
 @triton.jit(do_not_specialize=["num_grids", "search_steps", "num_rows"])
@@ -256,9 +256,9 @@ def merge(
     mean, rstd = (x.new_empty(num_rows if normalised else 0, dtype=torch.float32) for _ in range(2))
     if num_blocks == 0:
         return out, mean, rstd
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = last_contiguous(x)
     weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
-    unit = 8 if x.stride(0) % 8 == 0 else 1
+    unit = stride_unit(x)
     block_n, block_k, block_c = _tile(together, num_channels)
     _merge_kernel[(triton.cdiv(num_rows, block_n),)](
         x,
@@ -316,9 +316,8 @@ def merge_bwd(
     grads = [grad.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)]
     partials = [grad.new_empty(num_shares, p.numel(), dtype=torch.float32) for p in grads]
     if num_rows > 0:
-        grad, x = (y if y is None or y.stride(-1) == 1 else y.contiguous() for y in (grad, x))
-        strides = [0 if y is None else y.stride(0) for y in (grad, x)]
-        unit = 8 if all(s % 8 == 0 for s in strides) else 1
+        grad, x = (y if y is None else last_contiguous(y) for y in (grad, x))
+        unit = stride_unit(*(y for y in (grad, x) if y is not None))
         _merge_bwd_kernel[(num_shares * triton.cdiv(num_channels, block_c),)](
             grad,
             x,
@@ -331,7 +330,8 @@ def merge_bwd(
             *_search(geometry),
             num_rows,
             share,
-            *(s // unit for s in strides),
+            grad.stride(0) // unit,
+            0 if x is None else x.stride(0) // unit,
             MERGE_SIZE=merge_size,
             MERGE=spatial_merge_size,
             BY_COLUMN=by_column,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import block_to_token, compiler_options
+from patchpack.kernels._tiles import block_to_token, compiler_options, last_contiguous, stride_unit
 
 
 @triton.jit(do_not_specialize=["num_grids", "search_steps", "num_cells"])
@@ -163,7 +163,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     out = query.new_empty(query.shape)
     p = query.new_empty(query.shape[0], region * region, dtype=torch.float32)
-    query, tokens = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, tokens))
+    query, tokens = last_contiguous(query), last_contiguous(tokens)
     _launch(
         _attend_kernel,
         (query, tokens, geometry, out, p),
@@ -187,9 +187,7 @@ def attend_bwd(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     grad_query, grad_tokens = query.new_empty(query.shape), tokens.new_empty(tokens.shape)
-    grad, query, tokens = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (grad, query, tokens)
-    )
+    grad, query, tokens = (last_contiguous(x) for x in (grad, query, tokens))
     _launch(
         _attend_bwd_kernel,
         (grad, query, tokens, geometry, p, grad_query, grad_tokens),
@@ -216,7 +214,7 @@ def _launch(
     if num_cells == 0:
         return
     num_grids = geometry.shape[0] - 1
-    unit = 8 if all(x.stride(0) % 8 == 0 for x in strided) else 1
+    unit = stride_unit(*strided)
     block_k = triton.next_power_of_2(region * region)
     block_c = triton.next_power_of_2(num_channels)
     if block_k * block_c > 2**14:

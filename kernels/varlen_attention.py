@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import compiler_options
+from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -571,14 +571,13 @@ def _tiles(pass_name: str, q: Tensor) -> dict[str, int]:
 
 def _addressable(x: Tensor) -> Tensor:
     """``x``, or a copy if its last dimension is strided or a tile of its rows exceeds 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(0) < 2**25 else x.contiguous()
+    return last_contiguous(x) if x.stride(0) < 2**25 else x.contiguous()
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[list[int], dict]:
     """Strides of q, k and v in units that the compiler can align to, and compile-time arguments."""
-    strides = [s for x in (q, k, v) for s in x.stride()[:2]]
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1
-    return [s // unit for s in strides], {
+    unit = stride_unit(q, k, v)
+    return [stride // unit for x in (q, k, v) for stride in x.stride()[:2]], {
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
         "GROUP": q.shape[1] // k.shape[1],

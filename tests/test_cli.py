@@ -118,7 +118,8 @@ def test_plan_shows_all_systems_and_clips(photos, tmp_path, capsys):
         assert 1 <= of[2]["frames"] <= 32
 
     assert main(["plan", "--system", "all", *paths]) == 0
-    printed = capsys.readouterr().out
+    printed, left_out = capsys.readouterr()
+    assert "Pixtral cannot use" in left_out
     assert all(_media.SYSTEMS[name] in printed for name in documents)
     assert "of 9" in printed
 
@@ -127,7 +128,9 @@ def test_plan_refuses_what_a_system_does_not_have(photos, tmp_path, capsys):
     assert main(["plan", "--system", "internvl", "--max-pixels", "9", *photos]) == 2
     assert _one_line(capsys) == "patchpack: InternVL 1.5 has no --max-pixels"
     assert main(["plan", "--system", "pixtral", _clip(tmp_path / "clip.mp4")]) == 2
-    assert _one_line(capsys).endswith("clip.mp4: Pixtral has no rules for video")
+    line = _one_line(capsys)
+    assert line.startswith("patchpack: Pixtral cannot use ")
+    assert line.endswith("clip.mp4: it has no rules for video")
     (tmp_path / "broken.mp4").write_text("not a clip")
     assert main(["plan", str(tmp_path / "broken.mp4")]) == 2
     assert _one_line(capsys).startswith(f"patchpack: cannot use {tmp_path / 'broken.mp4'}: ")
@@ -146,17 +149,35 @@ def test_plan_turns_a_photo_as_its_camera_was_held(tmp_path, capsys):
 def test_an_image_that_cannot_be_used_is_one_line(command, tmp_path, capsys):
     text = tmp_path / "notes.png"
     text.write_text("not an image")
-    thin = _photo(tmp_path / "thin.png", 2, 900)
     for path, reason in (
         (tmp_path / "missing.png", "No such file"),
         (tmp_path, "directory"),
         (text, "cannot identify image"),
-        (thin, "got 2 x 900"),
     ):
         assert main([*command, str(path)]) == 2
         line = _one_line(capsys)
         assert line.startswith(f"patchpack: cannot use {path}: ")
         assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("command", "system"), [(["plan"], "Qwen2-VL"), (["demo", "--images"], "Oryx")]
+)
+def test_an_image_that_a_system_refuses_is_one_line(command, system, tmp_path, capsys):
+    thin = _photo(tmp_path / "thin.png", 2, 900)
+    assert main([*command, thin]) == 2
+    line = _one_line(capsys)
+    assert line.startswith(f"patchpack: {system} cannot use {thin}: ")
+    assert "got 2 x 900" in line
+
+
+def test_what_no_system_can_use_is_said(photos, monkeypatch, capsys):
+    monkeypatch.setattr(_media, "SYSTEMS", {"internvl": "InternVL 1.5"})
+    assert main(["plan", "--system", "all", "--max-pixels", "9", *photos]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "patchpack: InternVL 1.5 has no --max-pixels",
+        "patchpack: no system can use all of them",
+    ]
 
 
 def test_an_image_of_16_bits_is_one_line(tmp_path, capsys):

@@ -58,7 +58,7 @@ def _renamed(weights, names):
 
 def _internvl():
     modeling, configuration = _modeling("internvl")
-    config = replace(CONFIGS["internvl"], **SMALL, pos_table=(4, 4), out_size=None)
+    config = replace(CONFIGS["internvl"], **SMALL, pos_table=(4, 4))
     original = modeling.InternVLVisionModel(
         configuration.InternVLVisionConfig(
             **LAYERS, use_qk_norm=True, norm_type="rms_norm", image_size=[56, 56]
@@ -92,7 +92,7 @@ def _internvl():
 
 def _llava_onevision():
     modeling, configuration = _modeling("siglip")
-    config = replace(CONFIGS["llava_onevision"], **SMALL, pos_table=(5, 5), out_size=None)
+    config = replace(CONFIGS["llava_onevision"], **SMALL, pos_table=(5, 5))
     original = modeling.SiglipVisionModel(
         configuration.SiglipVisionConfig(
             **LAYERS, image_size=75, patch_size=14, vision_use_head=False
@@ -160,7 +160,7 @@ def _qwen2_5_vl():
     def run(images, grid):
         return original(_pixels(config, images, grid), grid.grid_thw).pooler_output
 
-    return config, original, lambda x: _renamed(x, {}), run, [(1, 12, 20), (2, 6, 4), (1, 8, 8)], 2
+    return config, original, lambda x: _renamed(x, {}), run, [(1, 10, 12), (2, 6, 4)], 2
 
 
 def _qwen3_vl():
@@ -319,3 +319,24 @@ def test_every_configuration_can_be_built(system):
     with torch.device("meta"):
         model = NativeViT(CONFIGS[system])
     assert len(model.blocks) == model.config.depth
+
+
+@pytest.mark.parametrize("system", CONFIGS)
+def test_a_gradient_reaches_every_parameter(system):
+    config = CONFIGS[system]
+    blocks = {
+        name: (1,) for name in ("full_attention_blocks", "deepstack_blocks") if vars(config)[name]
+    }
+    config = replace(config, **SMALL, **blocks, patch_size=4, window_size=config.window_size and 8)
+    model = NativeViT(config, impl="reference")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    grid = PackedGrid([(1, 4, 6), (2, 2, 4)], config.spatial_merge_size)
+    outputs = model(torch.randn(grid.num_tokens, config.patch_dim), grid)
+    tokens, features = outputs if isinstance(outputs, tuple) else (outputs, [])
+    sum(x.square().sum() for x in [tokens, *features]).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+    outputs = model(torch.empty(0, config.patch_dim), PackedGrid([], config.spatial_merge_size))
+    nothing, features = outputs if isinstance(outputs, tuple) else (outputs, [])
+    assert all(x.shape == (0, tokens.shape[1]) for x in [nothing, *features])

@@ -171,11 +171,11 @@ def test_position_within_an_image_matters():
 def test_compiles_once_for_all_lengths():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = _model("triton", torch.float32, depth=1)
+    model, eager = (_model(impl, torch.float32, depth=1) for impl in ("triton", "reference"))
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for sizes in ([(1, 2, 2)] * 2, SIZES, [(1, 4, 4)], [(3, 2, 4), (1, 6, 2)]):
         pixels, grid = torch.cat(_images(sizes, torch.float32)), PackedGrid(sizes, 2)
-        want = _results(model, pixels, grid)
+        want = _results(eager, pixels, grid)
         got = _results(compiled, pixels, grid)
         for name, x in want.items():
             torch.testing.assert_close(got[name], x)
@@ -273,6 +273,29 @@ SIZE_NAMES = (
             "hidden_size must be at most 128 * num_heads = 256, got 512",
         ),
         ({"mlp_ratio": 1e-4}, ValueError, "mlp_ratio must give at least 1 channel, got 0.0001"),
+        (
+            {"full_attention_blocks": (1,)},
+            ValueError,
+            "full_attention_blocks must be empty without window_size, got (1,)",
+        ),
+        *(
+            (
+                {name: blocks, "window_size": 112},
+                ValueError,
+                f"{name} must be in ascending order, from 0 and below depth = 32, got {blocks}",
+            )
+            for name, blocks in (
+                ("full_attention_blocks", (7, 32)),
+                ("deepstack_blocks", (-1,)),
+                ("deepstack_blocks", (1, 1)),
+                ("deepstack_blocks", (2, 1)),
+            )
+        ),
+        (
+            {"window_size": 27},
+            ValueError,
+            "window_size must be at least patch_size * spatial_merge_size = 28, got 27",
+        ),
         ({"rope_interleaved": "yes"}, TypeError, "rope_interleaved must be a bool, got 'yes'"),
         ({"mlp_ratio": 0}, ValueError, "mlp_ratio must be above 0, got 0"),
         ({"mlp_ratio": None}, TypeError, "mlp_ratio must be a number, got None"),

@@ -1,6 +1,7 @@
 """The package as a whole: who imports whom, what an op consists of, and what gets installed."""
 
 import ast
+import json
 import os
 import runpy
 import shutil
@@ -153,6 +154,22 @@ def test_an_op_has_all_its_parts(op):
 def test_every_op_is_in_the_catalogue():
     ops = {path.stem for path in (ROOT / "python/patchpack/ops").glob("[!_]*.py")}
     assert ops == set(SPECS)
+
+
+def _golden_functions() -> list[str]:
+    cases = json.loads((ROOT / "tests/golden.json").read_text())["cases"]
+    return sorted({case["function"] for case in cases})
+
+
+@pytest.mark.parametrize("function", _golden_functions())
+def test_no_golden_value_is_forgotten(function):
+    model, _, name = function.partition(".")
+    for path in (ROOT / "tests").glob("test_*.py"):
+        text = path.read_text()
+        by_name = f'"{model}.{{function}}"' in text and f'"{name}"' in text
+        if f'"{function}"' in text or by_name:
+            return
+    pytest.fail(f"no test asks for the cases of {function}")
 
 
 def test_all_is_sorted_and_true():

@@ -29,12 +29,12 @@ SMALL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "internvl": (
         {"image_size": 84, "max_tiles": 4},
         {"image_size": 84, "num_segments": 3},
-        {"hidden_size": 128, "num_heads": 1, "pos_table": (12, 12), "out_size": None},
+        {"hidden_size": 128, "num_heads": 1, "pos_table": (12, 12)},
     ),
     "llava_onevision": (
         {"image_size": TILE, "max_tiles": 2, "pinpoints": [(TILE, TILE * 2), (TILE * 2, TILE * 2)]},
         {"image_size": TILE, "frames_upbound": 3, "newline": "grid"},
-        {"hidden_size": 72, "num_heads": 1, "out_size": None},
+        {"hidden_size": 72, "num_heads": 1},
     ),
     "oryx": (
         {"maxres": 160, "lowres": 128},
@@ -43,7 +43,7 @@ SMALL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen2_vl": (
         {"max_pixels": 25 * 28**2},
-        {"nframes": 4, "min_pixels": 4 * 28**2, "max_pixels": 9 * 28**2},
+        {"min_frames": 2, "max_frames": 4, "min_pixels": 4 * 28**2, "max_pixels": 9 * 28**2},
         {"hidden_size": 80, "num_heads": 1, "out_size": WIDTH},
     ),
 }
@@ -87,13 +87,24 @@ class SystemModel(nn.Module):
         return self.path(x, plans) if self.name == "oryx" else self.path(x)
 
 
-def run(name: str, media: Sequence[Medium], seed: int, device: str, dtype: torch.dtype) -> Result:
-    """Forward and backward, fused, by the reference, and in float64, from the same weights."""
+def plan(name: str, media: Sequence[Medium]) -> list[Plan]:
+    """What the system makes of each on its smaller budget."""
     images, clips, _ = SMALL[name]
-    plans = [
+    return [
         _media.plan([medium], name, **(images if medium.clip is None else clips))[0]
         for medium in media
     ]
+
+
+def run(
+    name: str,
+    media: Sequence[Medium],
+    plans: list[Plan],
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+) -> Result:
+    """Forward and backward, fused, by the reference, and in float64, from the same weights."""
     frames = [medium.frames(plan) for medium, plan in zip(media, plans, strict=True)]
     pixels, grid = _media.system(name).preprocess(frames, plans)
 

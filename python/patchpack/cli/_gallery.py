@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from patchpack import video
 from patchpack.cli import _demo_systems
 from patchpack.cli._demo_systems import Result
 from patchpack.cli._media import SYSTEMS, Medium
@@ -58,8 +57,8 @@ def draw(
     ]
     scales = [min(map(_scale, row.values())) for row in rows]
     heights = [
-        max(scale * max(view.size[0] for view in views) for views in row.values())
-        for row, scale in zip(rows, scales, strict=True)
+        max(_thumbnail(medium)[1], *(scale * v.size[0] for views in row.values() for v in views))
+        for medium, row, scale in zip(media, rows, scales, strict=True)
     ]
     width = 2 * MARGIN + LEFT + len(plans) * (COLUMN + GAP)
     height = HEADER + TITLES + sum(heights) + len(rows) * (CAPTION + GAP) + SUMMARY + MARGIN
@@ -103,7 +102,7 @@ def _column(c: int) -> float:
 def _picture(medium: Medium) -> Image.Image:
     if medium.image is not None:
         return medium.image
-    (frame,) = video.read_frames(medium.path, [medium.clip.num_frames // 2 if medium.clip else 0])
+    (frame,) = medium.read([medium.clip.num_frames // 2 if medium.clip else 0])
     return frame
 
 
@@ -113,7 +112,7 @@ def _drawn(medium: Medium, plan: Any) -> tuple[list[Image.Image], Any]:
         return [medium.image], plan
     used = plan.frame_indices
     shown = sorted({used[i] for i in np.linspace(0, len(used) - 1, FRAMES).astype(int)})
-    return list(video.read_frames(medium.path, shown)), plan
+    return medium.read(shown), plan
 
 
 def _internvl(images: list[Image.Image], plan: Any) -> list[View]:
@@ -159,7 +158,8 @@ VIEWS = {
 
 
 def _words(name: str, plan: Any) -> str:
-    frames = "" if plan.frame_indices is None else f"{plan.num_frames} frames of "
+    frames = f"{plan.num_frames} frame{'s' * (plan.num_frames > 1)} of "
+    frames = "" if plan.frame_indices is None else frames
     if name == "internvl":
         rows, cols = plan.tiles
         tiles = f"{rows * cols} tile" + "s" * (rows * cols > 1)
@@ -224,14 +224,19 @@ def _view(axes: Axes, view: View, scale: float, colour: str) -> None:
             axes.add_patch(Rectangle((x * w, y * h), w, h, fill=False, ec=colour, lw=1.1))
 
 
+def _thumbnail(medium: Medium) -> tuple[float, float]:
+    """Width and height of the original as it is drawn."""
+    width = min(LEFT - 0.4, 1.6 * medium.width / medium.height)
+    return width, width * medium.height / medium.width
+
+
 def _original(page: Page, top: float, medium: Medium, image: Image.Image) -> None:
     page.text(MARGIN, top + 0.2, medium.name[:24], size=10, weight="bold", parse_math=False)
     size = f"{medium.height} x {medium.width} pixels"
     if medium.clip is not None:
         size += f", {medium.clip.num_frames} frames"
     page.text(MARGIN, top + 0.38, size, size=8.5, color=FAINT)
-    width = min(LEFT - 0.4, 1.6 * medium.width / medium.height)
-    height = width * medium.height / medium.width
+    width, height = _thumbnail(medium)
     axes = page.axes(MARGIN, top + CAPTION, width, height)
     axes.imshow(image.resize((max(1, round(width * 220)), max(1, round(height * 220)))))
     axes.set_axis_off()

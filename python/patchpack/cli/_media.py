@@ -55,7 +55,14 @@ class Medium:
         """What ``preprocess`` wants for ``plan``."""
         if self.image is not None:
             return self.image
-        return list(video.read_frames(self.path, plan.frame_indices or ()))
+        return self.read(plan.frame_indices or ())
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        """Frames of the clip."""
+        try:
+            return list(video.read_frames(self.path, indices))
+        except (OSError, ValueError) as error:
+            raise _unusable(self.path, error) from error
 
 
 def system(name: str) -> ModuleType:
@@ -82,13 +89,15 @@ def read(paths: Sequence[str | Path]) -> list[Medium]:
 
 
 def plan(media: Sequence[Medium], name: str, **options: Any) -> list[Any]:
-    """What the system makes of each; an option that it does not have is refused."""
+    """What the system makes of each; what it has no rules for is a ``CommandError``."""
     module = system(name)
     plans = []
     for medium in media:
         function = module.plan if medium.clip is None else getattr(module, "plan_video", None)
         if function is None:
-            raise CommandError(f"cannot use {medium.path}: {SYSTEMS[name]} has no rules for video")
+            raise CommandError(
+                f"{SYSTEMS[name]} cannot use {medium.path}: it has no rules for video"
+            )
         unknown = set(options) - set(inspect.signature(function).parameters)
         if unknown:
             names = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
@@ -99,12 +108,12 @@ def plan(media: Sequence[Medium], name: str, **options: Any) -> list[Any]:
             of = size if clip is None else (clip.num_frames, clip.fps, *size)
             plans.append(function(*of, **options))
         except ValueError as error:
-            raise _unusable(medium.path, error) from error
+            raise CommandError(f"{SYSTEMS[name]} cannot use {medium.path}: {error}") from error
     return plans
 
 
 def _unusable(path: Path, error: Exception) -> CommandError:
-    reason = getattr(error, "strerror", None) or error
+    reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path} ")
     return CommandError(f"cannot use {path}: {reason}")
 
 

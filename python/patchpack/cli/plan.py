@@ -1,12 +1,16 @@
-"""Show what a system makes of images and clips: grids and tokens."""
+"""Show what a system makes of images and clips: grids and tokens.
+
+With ``--system all`` those that have no rules for one of them, or not the options, are left out.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from rich.console import Console
 
-from patchpack.cli import _media, to_json
+from patchpack.cli import CommandError, _media, printable, to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +25,16 @@ def run(args: argparse.Namespace) -> int:
     limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}
     media = _media.read(args.paths)
-    names = list(_media.SYSTEMS) if args.system == "all" else [args.system]
-    if args.system == "all" and any(medium.clip is not None for medium in media):
-        names = [name for name in names if hasattr(_media.system(name), "plan_video")]
-    plans = {name: _media.plan(media, name, **limits) for name in names}
+    plans = {}
+    for name in _media.SYSTEMS if args.system == "all" else [args.system]:
+        try:
+            plans[name] = _media.plan(media, name, **limits)
+        except CommandError as error:
+            if args.system != "all":
+                raise
+            print(f"patchpack: {printable(str(error))}", file=sys.stderr)
+    if not plans:
+        raise CommandError("no system can use all of them")
     if args.json:
         documents = {
             name: [_media.as_dict(*pair) for pair in zip(media, of, strict=True)]

@@ -6,7 +6,9 @@ loop over images and no wait for the device. An image cut into tiles is as many 
 
 With its defaults this is the encoder of Qwen2-VL (arXiv 2409.12191); ``CONFIGS`` has those of the
 other systems. Parameters are named as Qwen2-VL's and Qwen2.5-VL's in transformers, whose weights
-fit once ``patch_embed.proj.weight`` is flattened to ``[C, P]``.
+fit once ``patch_embed.proj.weight`` is flattened to ``[C, P]``. Of the others, the position that
+InternVL adds to its class token is part of ``class_token``; MoonViT's embedding of time and mean
+over frames are in ``systems.moonvit``, and SigLIP 2's pooling in ``systems.siglip2``.
 """
 
 from __future__ import annotations
@@ -63,25 +65,26 @@ class NativeViTConfig:
         post_norm: Normalise after the last one.
         class_token: Put a learned token in front of every attention segment, for the blocks alone.
         pos_table: Rows and columns of a learned table of positions, resized to every grid and added
-            to the patches; ``None`` for none.
+            to the patches; ``None`` for none, and the other ``pos_`` options change nothing.
         pos_mode: How it is resized: see ``patchpack.add_pos_embed``.
         pos_align_corners: Likewise.
         pos_antialias: Likewise.
         rope_axes: Which channels turn with the row: see ``patchpack.rope_2d``; ``None`` for no
-            rotary embedding.
+            rotary embedding, and the other ``rope_`` options change nothing.
         rope_base: Its wavelength base.
         rope_interleaved: Which channels turn together: see ``patchpack.rope_2d``.
         window_size: Side of the square windows that tokens attend within, in pixels; ``None`` for
             whole frames.
-        full_attention_blocks: Blocks that attend to whole frames all the same.
-        deepstack_blocks: Blocks whose tokens leave as well, each through a merger of its own.
+        full_attention_blocks: Blocks, counted from 0, that attend to whole frames all the same.
+        deepstack_blocks: Blocks, in ascending order, whose tokens leave as well, each through a
+            merger of its own.
         spatial_merge_size: ``m``; blocks of ``m x m`` tokens leave as one.
         merge_order: ``"row"`` or ``"column"``: see ``patchpack.merge_tokens``.
         merger_norm: ``"tokens"`` normalises what is merged, ``"merged"`` what it becomes; ``None``
             neither.
         merger_size: Hidden channels of the merger; by default all that it merges, ``C m^2``.
         out_size: Channels of a token that leaves, those of the language model; ``None`` for no
-            merger.
+            merger: patches leave, in their order.
 
     Raises:
         ValueError: A size is not positive (``depth`` may be 0), an option is unknown, or options do
@@ -162,14 +165,24 @@ class NativeViTConfig:
             raise ValueError(
                 f"rope_axes must be 'split' or None with windows, got {self.rope_axes!r}"
             )
-        if (
-            self.window_size is not None
-            and self.window_size < self.patch_size * self.spatial_merge_size
-        ):
+        least = self.patch_size * self.spatial_merge_size
+        if self.window_size is not None and self.window_size < least:
             raise ValueError(
-                f"window_size must be at least patch_size * spatial_merge_size ="
-                f" {self.patch_size * self.spatial_merge_size}, got {self.window_size}"
+                f"window_size must be at least patch_size * spatial_merge_size = {least},"
+                f" got {self.window_size}"
             )
+        if self.full_attention_blocks and self.window_size is None:
+            raise ValueError(
+                "full_attention_blocks must be empty without window_size,"
+                f" got {self.full_attention_blocks}"
+            )
+        for name in ("full_attention_blocks", "deepstack_blocks"):
+            blocks = list(getattr(self, name))
+            if blocks != sorted(set(blocks) & set(range(self.depth))):
+                raise ValueError(
+                    f"{name} must be in ascending order, from 0 and below depth = {self.depth},"
+                    f" got {getattr(self, name)}"
+                )
 
     @property
     def mlp_size(self) -> int:
@@ -199,7 +212,7 @@ _SO400M = {
     "temporal_patch_size": 1,
     "patch_bias": True,
 }
-# the encoders of the released checkpoints, with the projector where it is part of the path
+# the encoders of the released checkpoints; what follows those without out_size is in their systems
 CONFIGS = {
     "internvl": NativeViTConfig(  # InternViT-6B-448px-V1-5, in InternVL-Chat-V1-5
         temporal_patch_size=1,
@@ -216,19 +229,16 @@ CONFIGS = {
         pos_table=(32, 32),
         pos_mode="bicubic",
         rope_axes=None,
-        merger_norm="merged",
-        merger_size=6144,
-        out_size=6144,
+        out_size=None,
     ),
-    "llava_onevision": NativeViTConfig(  # SigLIP-so400m without its last block, 7B
+    "llava_onevision": NativeViTConfig(  # SigLIP-so400m without its last block
         **{**_SO400M, "depth": 26},
         pos_table=(27, 27),
         rope_axes=None,
         spatial_merge_size=1,
-        merger_norm=None,
-        merger_size=3584,
+        out_size=None,
     ),
-    "oryx": NativeViTConfig(  # OryxViT; what follows it is in systems.oryx
+    "oryx": NativeViTConfig(  # OryxViT
         **{**_SO400M, "activation": "gelu"},
         patch_size=16,
         pos_table=(128, 128),

@@ -383,7 +383,7 @@ _INTERPOLATE_TOKENS = Spec(
             "channels": 1,
         },
         "far smaller, antialias": {
-            "sizes": [(1, 27, 27), (1, 40, 9)],
+            "sizes": [(1, 27, 10), (1, 40, 4)],
             "target_hw": [(2, 2), (3, 1)],
             "mode": "bicubic",
             "antialias": True,
@@ -486,14 +486,6 @@ def _assemble_images(
                 "layout": layout,
             }
         )
-    return images
-
-
-def _assemble_tiles(**options) -> list[Inputs]:
-    """Tokens as an encoder of tiles leaves them: ``[tiles, n, C]``."""
-    images = _assemble_images(**options)
-    for (_, h, w), image in zip(options["sizes"], images, strict=True):
-        image["tokens"] = image["tokens"].unflatten(0, (-1, h * w or 1))
     return images
 
 
