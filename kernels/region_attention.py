@@ -78,6 +78,13 @@ def _attend_kernel(
         tl.store(out_ptrs + c, y, mask=mask_n[:, None] & mask_c)
 
 
+@triton.jit
+def _from_mean(x, AREA: tl.constexpr):
+    """Tokens of cells, counted from their mean: neighbours are alike, and sums would cancel."""
+    x = x.to(tl.float32)
+    return x - (tl.sum(x, axis=1) * (1.0 / AREA))[:, None, :]
+
+
 @triton.jit(do_not_specialize=["num_grids", "search_steps", "num_cells"])
 def _attend_bwd_kernel(
     # tensors
@@ -125,7 +132,7 @@ def _attend_bwd_kernel(
     grad_token_ptrs = (grad_tokens_ptr + token * NUM_CHANNELS)[:, :, None] + offs_c
     p = tl.load(p_ptr + place, mask=mask_k, other=0.0)
 
-    # grad_p[k] = grad . x[k]
+    # grad_p[k] = grad . x[k], up to what all k share, which the softmax does not pass on
     x = tl.zeros((BLOCK_N, BLOCK_K, BLOCK_C), tokens_ptr.dtype.element_ty)
     grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     grad_p = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -133,7 +140,7 @@ def _attend_bwd_kernel(
         mask_c = offs_c < NUM_CHANNELS - c
         grad = tl.load(grad_ptrs + c, mask=mask_n[:, None] & mask_c, other=0.0).to(tl.float32)
         x = tl.load(token_ptrs + c, mask=mask_k[:, :, None] & mask_c, other=0.0)
-        grad_p += tl.sum(grad[:, None, :] * x.to(tl.float32), axis=2)
+        grad_p += tl.sum(grad[:, None, :] * _from_mean(x, AREA), axis=2)
 
     # grad_s[k] = p[k] (grad_p[k] - sum_j p[j] grad_p[j]), here times scale
     grad_s = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None]) * softmax_scale
@@ -147,7 +154,7 @@ def _attend_bwd_kernel(
             grad = tl.load(grad_ptrs + c, mask=mask, other=0.0).to(tl.float32)
             x = tl.load(token_ptrs + c, mask=mask_k[:, :, None] & mask_c, other=0.0)
         q = tl.load(query_ptrs + c, mask=mask, other=0.0).to(tl.float32)
-        grad_q = tl.sum(grad_s[:, :, None] * x.to(tl.float32), axis=1)
+        grad_q = tl.sum(grad_s[:, :, None] * _from_mean(x, AREA), axis=1)
         grad_x = weight[:, :, None] * grad[:, None, :] + grad_s[:, :, None] * q[:, None, :]
         tl.store(grad_query_ptrs + c, grad_q, mask=mask)
         tl.store(grad_token_ptrs + c, grad_x, mask=mask_k[:, :, None] & mask_c)

@@ -564,6 +564,13 @@ FAULTS = [
         "tests/test_varlen_attention.py -k padding",
     ),
     Fault(
+        "region_attention: what neighbours share is not taken out",
+        "kernels/region_attention.py",
+        "return x - (tl.sum(x, axis=1) * (1.0 / AREA))[:, None, :]",
+        "return x",
+        "tests/test_region_attention.py -k alike_neighbours",
+    ),
+    Fault(
         "region_attention: softmax not normalised",
         "kernels/region_attention.py",
         "p *= tl.div_rn(1.0, tl.sum(p, axis=1))[:, None]",

@@ -155,3 +155,20 @@ def test_bad_arguments_are_named(change, error, message, impl):
     arguments = {"query": X[:6], "tokens": X, "grid": GRID, "region": 2, **change}
     with pytest.raises(error, match=message):
         region_attention(**arguments, impl=impl)
+
+
+def test_alike_neighbours_do_not_cancel():
+    grid = PackedGrid([(1, 8, 12)])
+    tokens = torch.randn(40) + 0.05 * torch.randn(grid.num_tokens, 40)
+    query, grad = torch.randn(2, grid.num_tokens // 4, 40)
+    grads = {}
+    for name, impl, dtype in (
+        ("fused", "triton", torch.float32),
+        ("eager", "reference", torch.float32),
+        ("oracle", "reference", torch.float64),
+    ):
+        leaf = query.to(dtype, copy=True).requires_grad_()
+        region_attention(leaf, tokens.to(dtype), grid, 2, impl=impl).backward(grad.to(dtype))
+        grads[name] = leaf.grad.double()
+    fused, eager = ((grads[name] - grads["oracle"]).norm() for name in ("fused", "eager"))
+    assert fused < 0.2 * eager
