@@ -24,8 +24,10 @@ def compile_case(subject, target, **changes):
 @pytest.mark.parametrize("op", SPECS)
 def test_no_kernel_spills_registers(op, target):
     cases = list(SPECS[op].cases)
-    subjects = [Subject(op, case, torch.bfloat16) for case in cases]
-    subjects += [Subject(op, case, torch.float32) for case in cases[::3]]  # compiling takes long
+    # compiling takes long: registers are scarce in attention alone, and all targets have as many
+    step = 1 if op == "varlen_attention" or target == TARGETS[0] else 2
+    subjects = [Subject(op, case, torch.bfloat16) for case in cases[::step]]
+    subjects += [Subject(op, case, torch.float32) for case in cases[:: 3 * step]]
     launches = [launch for subject in subjects for launch in compile_case(subject, target)]
     spilled = [launch for launch in launches if launch.spills or launch.stack]
     assert launches
