@@ -116,8 +116,8 @@ FAULTS = [
     Fault(
         "rope_2d: head stride ignored for strided inputs",
         "kernels/_rotary.py",
-        "x if x.stride(-1) == 1 else x.contiguous()",
-        "x.as_strided(x.shape, (x.shape[1] * x.shape[2], x.shape[2], 1))",
+        "q, k = last_contiguous(q), last_contiguous(k)",
+        "q, k = (x.as_strided(x.shape, torch.empty_like(x.contiguous()).stride()) for x in (q, k))",
         contract("rope_2d", "strided"),
     ),
     Fault(
@@ -552,7 +552,7 @@ FAULTS = [
     Fault(
         "varlen_attention: views are copied",
         "kernels/varlen_attention.py",
-        "return x if x.stride(-1) == 1 and x.stride(0) < 2**25 else x.contiguous()",
+        "return last_contiguous(x) if x.stride(0) < 2**25 else x.contiguous()",
         "return x.contiguous()",
         contract("varlen_attention", "strided"),
     ),
