@@ -537,15 +537,21 @@ def layout(plans: Iterable[Plan], *, device: torch.device | str | None = None) -
     Returns:
         The layout for ``patchpack.assemble``, of as many tokens as the plans have ``llm_tokens``.
         Vector 0 is the newline. Tokens are those of all crops in a row, ``grids`` of every plan
-        after each other; but a frame under pooling ``"max"``, which is no resizing, comes pooled.
+        after each other. Of frames under pooling ``"max"``, which is no resizing, they are not
+        read, but the pooled ones, which come behind all others.
 
     Raises:
         TypeError: There is something else than plans.
     """
-    parts, first = [], 0
-    for p in _plan.listed(plans, Plan):
-        parts += _parts(p, first)
-        first += p.num_crops * math.prod(_tile_hw(p))
+    plans = _plan.listed(plans, Plan)
+    parts, first, behind = [], 0, sum(p.vit_tokens for p in plans)
+    for p in plans:
+        if p.pooling == "max":
+            parts += _parts(p, behind)
+            behind += p.num_crops * math.prod(p.target_hw)
+        else:
+            parts += _parts(p, first)
+        first += p.vit_tokens
     return TokenLayout(parts, device=device)
 
 
@@ -602,23 +608,25 @@ def merge_patches(
         _check.shape("newline", newline, tokens.shape[-1])
         newline = newline[None]
     if any(p.pooling == "max" for p in plans):
-        every = tokens.flatten(0, -2).split([p.vit_tokens for p in plans])
-        pooled = [_max_pooled(x, p, impl) for x, p in zip(every, plans, strict=True)]
-        tokens = torch.cat(pooled)
+        tokens = torch.cat([tokens.flatten(0, -2), _max_pooled(tokens, plans, impl)])
     where = layout(plans, device=tokens.device)
     return patchpack.assemble(tokens, newline, where, impl=impl)
 
 
-def _max_pooled(tokens: Tensor, p: Plan, impl: str | None) -> Tensor:
-    if p.pooling != "max":
-        return tokens
-    _, _, rows, cols = p.crop
-    maps = tokens.view(p.num_frames, p.side, p.side, -1)[:, :rows, :cols]
-    grid = PackedGrid([(p.num_frames, rows, cols)], device=tokens.device)
-    pooled, _ = patchpack.interpolate_tokens(
-        maps.flatten(0, 2), grid, p.target_hw, mode="max", impl=impl
-    )
-    return pooled
+def _max_pooled(tokens: Tensor, plans: Sequence[Plan], impl: str | None) -> Tensor:
+    """The frames under pooling ``"max"``, cropped and pooled, clip by clip."""
+    frames, sizes, targets, first = [], [], [], 0
+    for p in plans:
+        if p.pooling == "max":
+            begins = range(first, first + p.vit_tokens, p.side**2)
+            frames += [FeatureMap(begin, (p.side, p.side), crop=p.crop) for begin in begins]
+            sizes.append((p.num_frames, *p.crop[2:]))
+            targets.append(p.target_hw)
+        first += p.vit_tokens
+    cropped = TokenLayout(frames, device=tokens.device)
+    maps = patchpack.assemble(tokens, None, cropped, impl=impl)
+    grid = PackedGrid(sizes, device=tokens.device)
+    return patchpack.interpolate_tokens(maps, grid, targets, mode="max", impl=impl)[0]
 
 
 class Projector(nn.Module):
