@@ -5,14 +5,15 @@ TORCH ?= 2.13.0
 TRITON ?= 3.7.1
 
 env = .venv/torch-$(TORCH)-triton-$(TRITON)
+native = .venv/native
 bin = .venv/bin
 
 .PHONY: demo test check bench mutate dev
 
-demo: $(env)
+demo: $(native)
 	$(bin)/python -m patchpack demo
 
-test: $(env)
+test: $(native)
 	$(bin)/pytest -n auto --maxprocesses 8
 
 check: $(env) python/patchpack/kernels
@@ -24,10 +25,10 @@ check: $(env) python/patchpack/kernels
 bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench: export MALLOC_TOP_PAD_ = 268435456
-bench: $(env)
+bench: $(native)
 	$(bin)/python bench/run.py $(OP)
 
-mutate: $(env)
+mutate: $(native)
 	$(bin)/python tests/mutate.py
 
 dev: $(env) python/patchpack/kernels
@@ -36,7 +37,13 @@ dev: $(env) python/patchpack/kernels
 $(env): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	rm -f .venv/torch-*
-	$(bin)/pip install "torch==$(TORCH)" "triton==$(TRITON)" -e ".[dev]"
+	$(bin)/pip install "torch==$(TORCH)" "triton==$(TRITON)"
+	PATCHPACK_NATIVE=0 $(bin)/pip install -e ".[dev]"
+	touch $@
+
+# the C++ extension, beside the Python it belongs to
+$(native): $(env) $(wildcard csrc/*)
+	PATCHPACK_NATIVE=1 $(bin)/python setup.py -q build_ext --inplace
 	touch $@
 
 # untracked: type checkers and editors do not see the package map of pyproject.toml

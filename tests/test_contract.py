@@ -7,15 +7,20 @@ import math
 import pytest
 import torch
 
+import patchpack
 from patchpack import _check
 from patchpack.testing.catalogue import SPECS
-from patchpack.testing.contract import CHECKS, Subject, leaves, subjects, tensors
+from patchpack.testing.contract import CHECKS, Subject, differentiate, leaves, subjects, tensors
+
+needs_native = pytest.mark.skipif(
+    patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
+)
 
 
-def _subjects(device="cpu"):
+def _subjects(impl="triton", device="cpu", checks=tuple(CHECKS)):
     params = []
-    for op, check in itertools.product(SPECS, CHECKS):
-        for subject in subjects(op, check, device=device):
+    for op, check in itertools.product(SPECS, checks):
+        for subject in subjects(op, check, impl, device):
             dtype = str(subject.dtype).removeprefix("torch.")
             name = f"{op}-{subject.case}-{check}-{dtype}"
             params.append(pytest.param(check, subject, id=name.replace(" ", "_")))
@@ -25,6 +30,55 @@ def _subjects(device="cpu"):
 @pytest.mark.parametrize(("check", "subject"), _subjects())
 def test_triton_in_the_interpreter(check, subject):
     CHECKS[check](subject)
+
+
+@pytest.fixture
+def cpu_capability(request):
+    """The instructions that native kernels use, or skip where this CPU does not have them."""
+    before = torch.ops.patchpack.cpu_capability("")
+    try:
+        torch.ops.patchpack.cpu_capability(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    yield
+    torch.ops.patchpack.cpu_capability(before)
+
+
+@needs_native
+@pytest.mark.parametrize(("check", "subject"), _subjects("native"))
+def test_native(check, subject):
+    CHECKS[check](subject)
+
+
+# torch sees the same operators at any level
+NUMERIC = [check for check in CHECKS if check not in ("opcheck", "compiled", "meta and fake")]
+
+
+@needs_native
+@pytest.mark.parametrize("cpu_capability", ["plain", "avx2", "avx512"], indirect=True)
+@pytest.mark.parametrize(("check", "op"), list(itertools.product(NUMERIC, SPECS)))
+def test_native_on_a_lesser_cpu(check, op, cpu_capability):
+    for subject in subjects(op, check, "native"):
+        CHECKS[check](subject)
+
+
+@needs_native
+@pytest.mark.parametrize("op", SPECS)
+def test_native_has_the_same_bits_for_any_number_of_threads(op):
+    before = torch.get_num_threads()
+    for case, dtype in itertools.product(SPECS[op].cases, (torch.float32, torch.bfloat16)):
+        subject = Subject(op, case, dtype, "native")
+        # enough tokens that there is work for every thread
+        inputs = subject.inputs(sizes=[(1, 48, 64), (2, 24, 40)], **subject.without_padding)
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            try:
+                results.append(differentiate(subject, inputs, subject.spec.grads))
+            finally:
+                torch.set_num_threads(before)
+        for name, x in results[0].items():
+            assert all(torch.equal(x, result[name]) for result in results[1:]), (case, name)
 
 
 @pytest.mark.parametrize("op", SPECS)
@@ -101,7 +155,7 @@ def test_a_copy_of_a_view_is_seen(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("check", "subject"), _subjects("cuda") if torch.cuda.is_available() else []
+    ("check", "subject"), _subjects(device="cuda") if torch.cuda.is_available() else []
 )
 def test_triton_on_the_gpu(check, subject):
     CHECKS[check](subject)

@@ -1,13 +1,16 @@
 """Which implementation runs, and how an op is registered.
 
 An op is one ``torch.library`` operator a direction: what ``torch.compile``, ``FakeTensor`` and
-autograd see. Behind it stands a Triton launcher, run on the GPU for CUDA tensors and by Triton's
-interpreter for CPU tensors. The reference is plain eager code and needs no registration.
+autograd see. It has an overload for each implementation. ``patchpack::<op>`` itself is a Triton
+launcher, run on the GPU for CUDA tensors and by Triton's interpreter for CPU tensors;
+``patchpack::<op>.native`` is C++ of the extension ``_C``. The reference is plain eager code and
+needs no registration.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -16,7 +19,24 @@ import torch
 from torch import Tensor
 
 IMPLS = ("triton", "native", "reference")
-RUNS_ON = {"triton": ("cuda", "cpu", "meta"), "native": ("cpu",)}
+RUNS_ON = {"triton": ("cuda", "cpu", "meta"), "native": ("cpu", "meta")}
+
+# implementations that extensions register, and for which dispatch key
+_COMPILED = {"native": "CPU"}
+# the overload of an operator that is an implementation
+_OVERLOADS = {"triton": "default", "native": "native"}
+
+
+def _reason_not_native() -> str | None:
+    """Import the C++ extension, which gives the ``native`` overloads their kernels."""
+    if importlib.util.find_spec("patchpack._C") is None:
+        return "the C++ extension patchpack._C is not part of this installation"
+    try:
+        importlib.import_module("patchpack._C")
+    except ImportError as error:
+        return f"the C++ extension patchpack._C does not load: {error}"
+    return None
+
 
 _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
 _OPS: set[str] = set()
@@ -24,9 +44,7 @@ _UNAVAILABLE = {
     "triton": None
     if importlib.util.find_spec("triton")
     else "Triton is not installed: pip install triton",
-    "native": None
-    if importlib.util.find_spec("patchpack._C")
-    else "the C++ extension patchpack._C is not part of this installation",
+    "native": _reason_not_native(),
     "reference": None,
 }
 
@@ -49,7 +67,18 @@ def available(op: str, impl: str) -> str | None:
         raise ValueError(f"op must be one of {', '.join(sorted(_OPS))}, got {op!r}")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    return _UNAVAILABLE[impl]
+    return _reason(op, impl)
+
+
+@functools.cache
+def _reason(op: str, impl: str) -> str | None:
+    """Why ``impl`` of ``op`` cannot run here."""
+    if _UNAVAILABLE[impl] or impl not in _COMPILED:
+        return _UNAVAILABLE[impl]
+    name, key = f"patchpack::{op}.{impl}", _COMPILED[impl]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+        return None
+    return f"{op} has no {impl} kernel"
 
 
 def resolve(op: str, impl: str | None, **first: Tensor) -> str:
@@ -59,11 +88,11 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     device = x.device.type
     if impl is None:
-        cpu = "reference" if _UNAVAILABLE["native"] else "native"
+        cpu = "reference" if _reason(op, "native") else "native"
         impl = {"cuda": "triton", "meta": "triton", "cpu": cpu}.get(device, "reference")
     if impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
-    reason = _UNAVAILABLE[impl]
+    reason = _reason(op, impl)
     if impl != "reference" and device not in RUNS_ON[impl]:
         reason = f"it runs on {' and '.join(RUNS_ON[impl])} tensors, got one on {x.device}"
     if reason:
@@ -78,6 +107,11 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def operator(name: str, impl: str) -> Callable:
+    """The registered operator of an implementation."""
+    return getattr(getattr(torch.ops.patchpack, name), _OVERLOADS[impl])
+
+
 def define(
     schema: str,
     launcher: str,
@@ -86,19 +120,19 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
-    """Register an operator of the ``patchpack`` namespace.
+    """Register an operator of the ``patchpack`` namespace, with its overloads.
 
     Args:
         schema: The operator in PyTorch's schema language.
         launcher: ``module:function`` under ``patchpack.kernels``, imported at the first call, with
             the schema's arguments; the first one is a tensor, or a list of some.
         fake: Shapes and dtypes of the outputs.
-        setup_context: Saves what ``backward`` needs, ``(ctx, inputs, output)``.
+        setup_context: Saves what ``backward`` needs, ``(ctx, inputs, output)``. It finds the
+            implementation that runs in ``ctx.impl``.
         backward: Gradients of the inputs. Without it, asking for them raises.
     """
     name = schema.partition("(")[0]
     module, _, function = launcher.partition(":")
-    _LIBRARY.define(schema)
 
     def launch(*args):
         return getattr(importlib.import_module(f"patchpack.kernels.{module}"), function)(*args)
@@ -114,15 +148,32 @@ def define(
         with interpreted():
             return launch(*args)
 
+    _register(schema, "triton", fake, setup_context, backward)
     _LIBRARY.impl(name, launch_cuda, "CUDA")
     _LIBRARY.impl(name, launch_cpu, "CPU")
-    torch.library.register_fake(f"patchpack::{name}", fake, lib=_LIBRARY)
+    _register(schema.replace(name, f"{name}.native", 1), "native", fake, setup_context, backward)
     if not name.endswith("_backward"):
         _OPS.add(name)
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"patchpack::{name} has no gradient: its op is differentiable once")
 
-    torch.library.register_autograd(
-        f"patchpack::{name}", backward or refuse, setup_context=setup_context, lib=_LIBRARY
-    )
+def _register(
+    schema: str,
+    impl: str,
+    fake: Callable,
+    setup_context: Callable | None,
+    backward: Callable | None,
+) -> None:
+    """Define one overload, what it gives and its gradient."""
+    name = f"patchpack::{schema.partition('(')[0]}"
+    _LIBRARY.define(schema)
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name} has no gradient: its op is differentiable once")
+
+    def setup(ctx, inputs, output):
+        ctx.impl = impl
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(name, backward or refuse, setup_context=setup, lib=_LIBRARY)

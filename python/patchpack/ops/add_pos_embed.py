@@ -68,7 +68,7 @@ def add_pos_embed(
     options = {"mode": mode, "align_corners": align_corners, "antialias": antialias}
     if impl == "reference":
         return reference.add_pos_embed(x, table, grid, **options)
-    out, _ = torch.ops.patchpack.add_pos_embed(
+    out, _ = _dispatch.operator("add_pos_embed", impl)(
         x, table, grid.geometry, grid.spatial_merge_size, *options.values()
     )
     return out
@@ -89,7 +89,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     grad_table = None
     if ctx.needs_input_grad[1]:
-        grad_table = torch.ops.patchpack.add_pos_embed_backward(
+        grad_table = _dispatch.operator("add_pos_embed_backward", ctx.impl)(
             grad, *ctx.saved_tensors, *ctx.table, *ctx.options
         )
     return grad, grad_table, None, None, None, None, None

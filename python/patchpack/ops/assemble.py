@@ -60,7 +60,7 @@ def assemble(
         with _dispatch.without_autocast(tokens):
             return reference.assemble(tokens, vectors, layout)
     tiles = tokens if tokens.ndim == 3 else tokens[None]
-    out, _ = torch.ops.patchpack.assemble(
+    out, _ = _dispatch.operator("assemble", impl)(
         tiles, vectors, layout.table, layout.maps, layout.num_tokens
     )
     return out
@@ -104,7 +104,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    grad_tokens, grad_vectors = torch.ops.patchpack.assemble_backward(
+    grad_tokens, grad_vectors = _dispatch.operator("assemble_backward", ctx.impl)(
         grad, *ctx.saved_tensors, ctx.num_tiles, ctx.tile_size, ctx.num_vectors or 0
     )
     return grad_tokens, None if ctx.num_vectors is None else grad_vectors, None, None, None

@@ -75,7 +75,7 @@ def interpolate_tokens(
                 x, grid, target_hw, **options, spatial_merge_size=spatial_merge_size
             )
     target = grid.resized(target_hw, spatial_merge_size)
-    out, _ = torch.ops.patchpack.interpolate_tokens(
+    out, _ = _dispatch.operator("interpolate_tokens", impl)(
         x,
         grid.geometry,
         target.geometry,
@@ -104,7 +104,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    grad_x = torch.ops.patchpack.interpolate_tokens_backward(
+    grad_x = _dispatch.operator("interpolate_tokens_backward", ctx.impl)(
         grad, *ctx.saved_tensors, ctx.num_tokens, *ctx.options
     )
     return grad_x, None, None, None, None, None, None, None, None

@@ -88,7 +88,7 @@ def merge_tokens(
             return reference.merge_tokens(
                 x, grid, order=order, merge_size=merge_size, weight=weight, bias=bias, eps=eps
             )
-    out, _, _ = torch.ops.patchpack.merge_tokens(
+    out, _, _ = _dispatch.operator("merge_tokens", impl)(
         x,
         weight,
         bias,
@@ -120,7 +120,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     _, weight, bias, *_ = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = torch.ops.patchpack.merge_tokens_backward(
+    grad_x, grad_weight, grad_bias = _dispatch.operator("merge_tokens_backward", ctx.impl)(
         grad, *ctx.saved_tensors, *ctx.options
     )
     grad_weight = None if weight is None else grad_weight

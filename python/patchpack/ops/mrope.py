@@ -72,7 +72,7 @@ def mrope(
                 mrope_interleaved=mrope_interleaved,
                 base=base,
             )
-    return torch.ops.patchpack.mrope(
+    return _dispatch.operator("mrope", impl)(
         q, k, position_ids, sections, mrope_interleaved, float(base), False
     )
 
@@ -89,7 +89,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_q, grad_k):
     # a rotation is orthogonal, so its adjoint is the opposite rotation
     (position_ids,) = ctx.saved_tensors
-    grads = torch.ops.patchpack.mrope(grad_q, grad_k, position_ids, *ctx.options, not ctx.inverse)
+    grads = _dispatch.operator("mrope", ctx.impl)(
+        grad_q, grad_k, position_ids, *ctx.options, not ctx.inverse
+    )
     return *grads, None, None, None, None, None
 
 

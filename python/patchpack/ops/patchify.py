@@ -114,7 +114,7 @@ def patchify(
     if impl == "reference":
         with _dispatch.without_autocast(grid.geometry):
             return reference.patchify(images, grid, **options)
-    return torch.ops.patchpack.patchify(
+    return _dispatch.operator("patchify", impl)(
         grid.geometry, images, grid.num_tokens, grid.spatial_merge_size, *options.values()
     )
 
@@ -146,7 +146,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     sizes = [n for s in ctx.shapes for n in (s[0] if len(s) == 4 else 1, *s[-2:])]
-    flat = torch.ops.patchpack.patchify_backward(
+    flat = _dispatch.operator("patchify_backward", ctx.impl)(
         grad, *ctx.saved_tensors, sizes, *ctx.options, ctx.dtype
     )
     parts = flat.split([math.prod(shape) for shape in ctx.shapes])

@@ -70,7 +70,7 @@ def region_attention(
     if impl == "reference":
         with _dispatch.without_autocast(query):
             return reference.region_attention(query, tokens, grid, region, softmax_scale=scale)
-    out, _ = torch.ops.patchpack.region_attention(
+    out, _ = _dispatch.operator("region_attention", impl)(
         query, tokens, grid.geometry, grid.spatial_merge_size, region, scale
     )
     return out
@@ -89,7 +89,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    grads = torch.ops.patchpack.region_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    grads = _dispatch.operator("region_attention_backward", ctx.impl)(
+        grad, *ctx.saved_tensors, *ctx.options
+    )
     return *grads, None, None, None, None
 
 

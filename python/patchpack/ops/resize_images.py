@@ -70,7 +70,9 @@ def resize_images(
         pairs.append((pair[0], pair[1]))
     if impl == "reference":
         return reference.resize_images(images, pairs, mode=mode)
-    out = torch.ops.patchpack.resize_images(images, [side for pair in pairs for side in pair], mode)
+    out = _dispatch.operator("resize_images", impl)(
+        images, [side for pair in pairs for side in pair], mode
+    )
     shapes = [(*image.shape[:-2], *pair) for image, pair in zip(images, pairs, strict=True)]
     parts = out.split([math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -67,7 +67,7 @@ def rope(
             return reference.rope(q, k, cos, sin, interleaved=interleaved)
     if width > half:
         cos, sin = cos[:, : width // 2], sin[:, : width // 2]
-    return torch.ops.patchpack.rope(q, k, cos, sin, interleaved, False)
+    return _dispatch.operator("rope", impl)(q, k, cos, sin, interleaved, False)
 
 
 def _fake(q, k, cos, sin, interleaved, inverse):
@@ -82,7 +82,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_q, grad_k):
     # a rotation is orthogonal, so its adjoint is the opposite rotation
     cos, sin = ctx.saved_tensors
-    grads = torch.ops.patchpack.rope(grad_q, grad_k, cos, sin, ctx.interleaved, not ctx.inverse)
+    grads = _dispatch.operator("rope", ctx.impl)(
+        grad_q, grad_k, cos, sin, ctx.interleaved, not ctx.inverse
+    )
     return *grads, None, None, None, None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from patchpack import _check, _dispatch, reference
@@ -57,7 +56,7 @@ def rope_2d(
     if impl == "reference":
         with _dispatch.without_autocast(q):
             return reference.rope_2d(q, k, grid, base=base, interleaved=interleaved, axes=axes)
-    return torch.ops.patchpack.rope_2d(
+    return _dispatch.operator("rope_2d", impl)(
         q, k, grid.geometry, grid.spatial_merge_size, float(base), interleaved, axes, False
     )
 
@@ -74,7 +73,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_q, grad_k):
     # a rotation is orthogonal, so its adjoint is the opposite rotation
     (geometry,) = ctx.saved_tensors
-    grads = torch.ops.patchpack.rope_2d(grad_q, grad_k, geometry, *ctx.options, not ctx.inverse)
+    grads = _dispatch.operator("rope_2d", ctx.impl)(
+        grad_q, grad_k, geometry, *ctx.options, not ctx.inverse
+    )
     return *grads, None, None, None, None, None, None
 
 

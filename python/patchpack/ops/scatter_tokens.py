@@ -66,7 +66,7 @@ def scatter_tokens(
             embeds, tokens, index, vectors=vectors, vector_index=vector_index
         )
     batch = embeds if embeds.ndim == 3 else embeds[None]
-    out, _ = torch.ops.patchpack.scatter_tokens(batch, tokens, index, vectors, vector_index)
+    out, _ = _dispatch.operator("scatter_tokens", impl)(batch, tokens, index, vectors, vector_index)
     return out.view(embeds.shape)
 
 
@@ -84,9 +84,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    grad_embeds, grad_tokens, grad_vectors = torch.ops.patchpack.scatter_tokens_backward(
-        grad, *ctx.saved_tensors, ctx.num_vectors or 0
-    )
+    grad_embeds, grad_tokens, grad_vectors = _dispatch.operator(
+        "scatter_tokens_backward", ctx.impl
+    )(grad, *ctx.saved_tensors, ctx.num_vectors or 0)
     grad_vectors = None if ctx.num_vectors is None else grad_vectors
     return grad_embeds, grad_tokens, None, grad_vectors, None
 

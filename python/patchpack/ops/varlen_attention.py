@@ -113,7 +113,7 @@ def varlen_attention(
                 window_size=(left, right),
                 return_lse=return_lse,
             )
-    out, lse = torch.ops.patchpack.varlen_attention(
+    out, lse = _dispatch.operator("varlen_attention", impl)(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, 0 if causal else right
     )
     return (out, lse) if return_lse else out
@@ -131,7 +131,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
-    grads = torch.ops.patchpack.varlen_attention_backward(
+    grads = _dispatch.operator("varlen_attention_backward", ctx.impl)(
         torch.zeros_like(out) if grad_out is None else grad_out,
         grad_lse,
         q,

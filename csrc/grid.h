@@ -1,0 +1,54 @@
+// Where the tokens of packed images are: the geometry of a PackedGrid, and the order of a map.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace patchpack {
+
+// `geometry` is int64 `[G + 1, 3]`: first token, rows and columns of each grid; then `(T, 1, 1)`.
+struct Geometry {
+  const int64_t* rows;
+  int64_t num_grids;
+
+  HOST_DEVICE int64_t first(int64_t grid) const { return rows[3 * grid]; }
+  HOST_DEVICE int64_t height(int64_t grid) const { return rows[3 * grid + 1]; }
+  HOST_DEVICE int64_t width(int64_t grid) const { return rows[3 * grid + 2]; }
+  HOST_DEVICE int64_t num_tokens() const { return first(num_grids); }
+
+  // The grid that holds `token`: a binary search.
+  HOST_DEVICE int64_t find(int64_t token) const {
+    int64_t low = 0, high = num_grids - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (first(middle) <= token)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    return low;
+  }
+};
+
+struct Cell {
+  int64_t row, col;
+};
+
+// Row and column of a frame's token, counted from the frame's first, in merge-block order.
+HOST_DEVICE Cell token_to_cell(int64_t token, int64_t width, int64_t merge) {
+  if (merge == 1) return {token / width, token % width};
+  const int64_t block = token / (merge * merge), in_block = token % (merge * merge);
+  const int64_t blocks_in_row = width / merge;
+  return {block / blocks_in_row * merge + in_block / merge,
+          block % blocks_in_row * merge + in_block % merge};
+}
+
+// The inverse of `token_to_cell`.
+HOST_DEVICE int64_t cell_to_token(int64_t row, int64_t col, int64_t width, int64_t merge) {
+  if (merge == 1) return row * width + col;
+  const int64_t block = (row / merge) * (width / merge) + col / merge;
+  return block * (merge * merge) + (row % merge) * merge + col % merge;
+}
+
+}  // namespace patchpack

@@ -1,0 +1,65 @@
+// Rotary position embedding by row and column; the maths is in patchpack.reference.rope_2d.
+#include "angles.h"
+#include "grid.h"
+#include "rotary.h"
+
+namespace patchpack {
+namespace {
+
+// Cosines, then sines, of every pair at every row and at every column.
+struct AngleTable {
+  std::vector<Frequency> frequencies;
+  int64_t num_pairs, num_positions;
+  float* values;
+
+  float* cos(int32_t axis, int64_t position) const {
+    return values + (axis * num_positions + position) * 2 * num_pairs;
+  }
+  float* sin(int32_t axis, int64_t position) const { return cos(axis, position) + num_pairs; }
+};
+
+}  // namespace
+}  // namespace patchpack
+
+#define KERNELS "rope_2d.h"
+#include "foreach_level.h"
+
+namespace patchpack {
+namespace {
+
+// Of each pair; axis 0 is the row, 1 the column.
+std::vector<Frequency> frequencies_2d(int64_t num_pairs, double base, const std::string& axes) {
+  std::vector<Frequency> pairs;
+  const int64_t half = num_pairs / 2;
+  for (int64_t j = 0; j < num_pairs; ++j) {
+    const bool paired = axes == "paired";
+    const int32_t axis = paired ? 1 - j % 2 : j / half;
+    const int64_t exponent = 2 * (paired ? j / 2 : j % half) + (axes == "even_odd" ? axis : 0);
+    pairs.push_back(frequency(axis, base, exponent, num_pairs));
+  }
+  return pairs;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rope_2d(Tensor q, Tensor k, Tensor geometry_tensor, int64_t merge,
+                                   double base, bool interleaved, std::string axes, bool inverse) {
+  const Geometry geometry{geometry_tensor.const_data_ptr<int64_t>(), geometry_tensor.size(0) - 1};
+  int64_t longest = 0;
+  for (int64_t grid = 0; grid < geometry.num_grids; ++grid)
+    longest = std::max({longest, geometry.height(grid), geometry.width(grid)});
+
+  const int64_t num_pairs = q.size(2) / 2;
+  const Tensor values = empty({2, longest, 2, num_pairs}, ScalarType::Float);
+  const AngleTable table{frequencies_2d(num_pairs, base, axes), num_pairs, longest,
+                         values.mutable_data_ptr<float>()};
+  parallel_for(longest, 64 * num_pairs, [&](int64_t begin, int64_t end) {
+    AT_LEVEL(fill_angles(table, begin, end));
+  });
+  return rotate_both(q, k, num_pairs, interleaved, inverse,
+                     [&](const Rotation& r, int64_t begin, int64_t end) {
+                       AT_LEVEL(rope_2d(r, geometry, table, merge, begin, end));
+                     });
+}
+
+}  // namespace patchpack

@@ -1,0 +1,182 @@
+// Vectors of LEVEL_LANES floats, compiled once for each level: no include guard, see level.h.
+//
+// Memory holds float, bfloat16 or half; arithmetic is float. Operators are those of the compiler's
+// vector extension. A tail has a count of lanes: `load(x, n)` gives zeros past it.
+
+namespace patchpack::LEVEL {
+
+inline constexpr int kLanes = LEVEL_LANES;
+
+typedef float Floats __attribute__((vector_size(4 * LEVEL_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LEVEL_LANES)));
+typedef uint32_t Uints __attribute__((vector_size(4 * LEVEL_LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LEVEL_LANES)));
+
+using All = std::integral_constant<int, kLanes>;
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(LEVEL_HAS_AVX512)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(LEVEL_HAS_AVX2)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// float from and to what memory holds, all lanes
+
+inline Floats load(const float* x, All = {}) {
+  Floats v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+
+inline Floats from_bfloat16(Shorts bits) {
+  return (Floats)(__builtin_convertvector(bits, Uints) << 16);
+}
+
+inline Floats load(const BFloat16* x, All = {}) {
+  Shorts bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return from_bfloat16(bits);
+}
+
+inline Floats load(const Half* x, All = {}) {
+#if defined(LEVEL_HAS_AVX512)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
+#elif defined(LEVEL_HAS_AVX2)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
+#else
+  Floats v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x[i];
+  return v;
+#endif
+}
+
+inline void store(float* out, Floats v, All = {}) { std::memcpy(out, &v, sizeof v); }
+
+// To nearest, ties to even; NaN stays NaN.
+inline Shorts to_bfloat16(Floats v) {
+  const Uints bits = (Uints)v;
+  const Uints rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? Uints{} + 0x7FC0u : rounded, Shorts);
+}
+
+inline void store(BFloat16* out, Floats v, All = {}) {
+  const Shorts bits = to_bfloat16(v);
+  std::memcpy((void*)out, &bits, sizeof bits);
+}
+
+inline void store(Half* out, Floats v, All = {}) {
+#if defined(LEVEL_HAS_AVX512)
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(LEVEL_HAS_AVX2)
+  _mm_storeu_si128((__m128i*)out, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) out[i] = v[i];
+#endif
+}
+
+// the first n lanes
+
+#if defined(LEVEL_HAS_AVX512)
+inline __mmask16 first_lanes(int n) { return (__mmask16)_bzhi_u32(0xFFFF, n); }
+
+inline Floats load(const float* x, int n) {
+  return (Floats)_mm512_maskz_loadu_ps(first_lanes(n), x);
+}
+inline Floats load(const BFloat16* x, int n) {
+  return from_bfloat16((Shorts)_mm256_maskz_loadu_epi16(first_lanes(n), x));
+}
+inline Floats load(const Half* x, int n) {
+  return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), x));
+}
+inline void store(float* out, Floats v, int n) {
+  _mm512_mask_storeu_ps(out, first_lanes(n), (__m512)v);
+}
+inline void store(BFloat16* out, Floats v, int n) {
+  _mm256_mask_storeu_epi16(out, first_lanes(n), (__m256i)to_bfloat16(v));
+}
+inline void store(Half* out, Floats v, int n) {
+  const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(out, first_lanes(n), bits);
+}
+#else
+template <typename scalar_t>
+inline Floats load(const scalar_t* x, int n) {
+  scalar_t lanes[kLanes] = {};
+  std::memcpy((void*)lanes, x, n * sizeof(scalar_t));
+  return load(lanes);
+}
+template <typename scalar_t>
+inline void store(scalar_t* out, Floats v, int n) {
+  scalar_t lanes[kLanes];
+  store(lanes, v);
+  std::memcpy((void*)out, lanes, n * sizeof(scalar_t));
+}
+#endif
+
+// across lanes, in a fixed order
+
+inline float sum(Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+inline float max(Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = std::max(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
+
+template <int... i>
+inline Floats even_lanes(Floats lo, Floats hi, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(lo, hi, (2 * i)...);
+}
+template <int... i>
+inline Floats odd_lanes(Floats lo, Floats hi, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(lo, hi, (2 * i + 1)...);
+}
+// a0 b0 a1 b1 ...: the lower half of it, and the upper.
+template <int... i>
+inline Floats interleaved_lower(Floats a, Floats b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (i / 2 + i % 2 * kLanes)...);
+}
+template <int... i>
+inline Floats interleaved_upper(Floats a, Floats b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, ((i + kLanes) / 2 + i % 2 * kLanes)...);
+}
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+// `body(i, n)` for every `kLanes` of `size` elements from `i` on, and for the `n` that are left.
+template <typename Body>
+inline void for_lanes(int64_t size, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, All{});
+  if (i < size) body(i, (int)(size - i));
+}
+
+// `body(scalar)` with a value of the C++ type of a floating `dtype`.
+template <typename Body>
+inline auto with_scalar(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Half{});
+    default:
+      return body(float{});
+  }
+}
+
+}  // namespace patchpack::LEVEL
