@@ -10,7 +10,6 @@ needs no registration.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -39,14 +38,15 @@ def _reason_not_native() -> str | None:
 
 
 _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
-_OPS: set[str] = set()
-_UNAVAILABLE = {
+_NOT_INSTALLED = {
     "triton": None
     if importlib.util.find_spec("triton")
     else "Triton is not installed: pip install triton",
     "native": _reason_not_native(),
     "reference": None,
 }
+# why an implementation of an op cannot run, by op and implementation
+_UNAVAILABLE: dict[str, dict[str, str | None]] = {}
 
 
 def available(op: str, impl: str) -> str | None:
@@ -63,22 +63,11 @@ def available(op: str, impl: str) -> str | None:
     Raises:
         ValueError: There is no such op or implementation.
     """
-    if op not in list(_OPS):
-        raise ValueError(f"op must be one of {', '.join(sorted(_OPS))}, got {op!r}")
+    if op not in list(_UNAVAILABLE):
+        raise ValueError(f"op must be one of {', '.join(sorted(_UNAVAILABLE))}, got {op!r}")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    return _reason(op, impl)
-
-
-@functools.cache
-def _reason(op: str, impl: str) -> str | None:
-    """Why ``impl`` of ``op`` cannot run here."""
-    if _UNAVAILABLE[impl] or impl not in _COMPILED:
-        return _UNAVAILABLE[impl]
-    name, key = f"patchpack::{op}.{impl}", _COMPILED[impl]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
-        return None
-    return f"{op} has no {impl} kernel"
+    return _UNAVAILABLE[op][impl]
 
 
 def resolve(op: str, impl: str | None, **first: Tensor) -> str:
@@ -88,11 +77,11 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     device = x.device.type
     if impl is None:
-        cpu = "reference" if _reason(op, "native") else "native"
+        cpu = "reference" if _UNAVAILABLE[op]["native"] else "native"
         impl = {"cuda": "triton", "meta": "triton", "cpu": cpu}.get(device, "reference")
     if impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
-    reason = _reason(op, impl)
+    reason = _UNAVAILABLE[op][impl]
     if impl != "reference" and device not in RUNS_ON[impl]:
         reason = f"it runs on {' and '.join(RUNS_ON[impl])} tensors, got one on {x.device}"
     if reason:
@@ -153,7 +142,16 @@ def define(
     _LIBRARY.impl(name, launch_cpu, "CPU")
     _register(schema.replace(name, f"{name}.native", 1), "native", fake, setup_context, backward)
     if not name.endswith("_backward"):
-        _OPS.add(name)
+        _UNAVAILABLE[name] = {impl: _reason(name, impl) for impl in IMPLS}
+
+
+def _reason(op: str, impl: str) -> str | None:
+    """Why ``impl`` of ``op`` cannot run in this installation."""
+    if _NOT_INSTALLED[impl] or impl not in _COMPILED:
+        return _NOT_INSTALLED[impl]
+    name, key = f"patchpack::{op}.{impl}", _COMPILED[impl]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    return None if has_kernel else f"{op} has no {impl} kernel"
 
 
 def _register(
