@@ -54,4 +54,8 @@ std::tuple<Tensor, Tensor> mrope(Tensor q, Tensor k, Tensor position_ids,
                      });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {
+  library.impl("mrope.native", TORCH_BOX(&mrope));
+}
+
 }  // namespace patchpack

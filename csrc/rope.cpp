@@ -29,4 +29,8 @@ std::tuple<Tensor, Tensor> rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool
                      });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {
+  library.impl("rope.native", TORCH_BOX(&rope));
+}
+
 }  // namespace patchpack

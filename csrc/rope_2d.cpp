@@ -62,4 +62,8 @@ std::tuple<Tensor, Tensor> rope_2d(Tensor q, Tensor k, Tensor geometry_tensor, i
                      });
 }
 
+STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {
+  library.impl("rope_2d.native", TORCH_BOX(&rope_2d));
+}
+
 }  // namespace patchpack

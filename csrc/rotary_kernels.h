@@ -9,7 +9,7 @@ inline void rotate_token(const Heads& heads, int64_t head_dim, int64_t num_pairs
   const scalar_t* x = (const scalar_t*)heads.x + token * heads.stride_t;
   scalar_t* out = (scalar_t*)heads.out + token * heads.num_heads * head_dim;
   for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.stride_h, out += head_dim) {
-    for_lanes(num_pairs, [&](int64_t i, auto n) {
+    for_lanes_again(num_pairs, [&](int64_t i, auto n) {
       const Floats c = load(cos + i, n), s = load(sin + i, n) * sign;
       if constexpr (kInterleaved) {
         const int first = std::min<int>(2 * n, kLanes), second = 2 * n - first;

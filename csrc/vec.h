@@ -166,6 +166,19 @@ inline void for_lanes(int64_t size, const Body& body) {
   if (i < size) body(i, (int)(size - i));
 }
 
+// The same for a body that may meet an element twice, as one that writes where it does not read:
+// the tail is the last `kLanes` elements, which no mask slows down.
+template <typename Body>
+inline void for_lanes_again(int64_t size, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, All{});
+  if (i == size) return;
+  if (size >= kLanes)
+    body(size - kLanes, All{});
+  else
+    body(0, (int)size);
+}
+
 // `body(scalar)` with a value of the C++ type of a floating `dtype`.
 template <typename Body>
 inline auto with_scalar(ScalarType dtype, const Body& body) {

@@ -1,9 +1,9 @@
-// What `import patchpack._C` does: it gives the operators `patchpack::<op>.native` their kernels.
-// Their schemas are in patchpack/ops/<op>.py.
+// `import patchpack._C` gives the operators `patchpack::<op>.native` their kernels, which every
+// <op>.cpp registers at its end. Their schemas are in patchpack/ops/<op>.py.
 #include <Python.h>
 
 #include "level.h"
-#include "ops.h"
+#include "tensor.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(patchpack, library) {
   library.def("cpu_capability(str name) -> str");
@@ -11,12 +11,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(patchpack, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(patchpack, CompositeExplicitAutograd, library) {
   library.impl("cpu_capability", TORCH_BOX(&patchpack::cpu_capability));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {
-  library.impl("rope.native", TORCH_BOX(&patchpack::rope));
-  library.impl("rope_2d.native", TORCH_BOX(&patchpack::rope_2d));
-  library.impl("mrope.native", TORCH_BOX(&patchpack::mrope));
 }
 
 PyMODINIT_FUNC PyInit__C() {
