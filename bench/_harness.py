@@ -219,7 +219,7 @@ def _providers(case: Case, quick: bool) -> dict[str, MakeProvider]:
 
         def compiled(inputs: Inputs) -> Provider:
             if case.device == "cpu":
-                raise UnavailableError("on a CPU it takes minutes to compile and is seldom faster")
+                raise UnavailableError("compiling for a CPU takes longer than all that is timed")
             torch._dynamo.reset()
             return torch.compile(reference, dynamic=False)
 

@@ -15,7 +15,7 @@ from patchpack.testing.contract import tensors
 
 START, END, IMAGE, VIDEO = 1, 2, 3, 4  # token ids
 TEXT = 50  # tokens of text before each image
-WINDOWS = {"spatial_merge_size": 2, "window_size": 112, "patch_size": 14}
+WINDOWS = (2, 112, 14)  # blocks of patches, pixels of a window and of a patch
 
 Calls = dict[str, Callable[[], list[Tensor]]]
 
@@ -35,11 +35,17 @@ def _bytes_moved(inputs: Inputs, backward: bool) -> int:
 
 def _ours(inputs: Inputs) -> Provider:
     grid_thw, input_ids = inputs["grid_thw"], inputs["input_ids"]
-    vision_tokens = {
-        "vision_start_token_id": START,
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-    }
+
+    def mrope_position_ids() -> list[Tensor]:
+        return [
+            *metadata.get_mrope_position_ids(
+                input_ids,
+                grid_thw,
+                vision_start_token_id=START,
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+            )
+        ]
 
     def grid() -> list[Tensor]:
         grid = PackedGrid(grid_thw, 2)
@@ -49,10 +55,8 @@ def _ours(inputs: Inputs) -> Provider:
         {
             "cu_seqlens": lambda: [metadata.get_vision_cu_seqlens(grid_thw)],
             "position_ids": lambda: [metadata.get_vision_position_ids(grid_thw, 2)],
-            "window_index": lambda: [*metadata.get_vision_window_index(grid_thw, **WINDOWS)],
-            "mrope_position_ids": lambda: [
-                *metadata.get_mrope_position_ids(input_ids, grid_thw, **vision_tokens)
-            ],
+            "window_index": lambda: [*metadata.get_vision_window_index(grid_thw, *WINDOWS)],
+            "mrope_position_ids": mrope_position_ids,
             "PackedGrid": grid,
         }
     )
@@ -82,7 +86,7 @@ def _transformers(inputs: Inputs) -> Provider:
         {
             "cu_seqlens": cu_seqlens,
             "position_ids": position_ids,
-            "window_index": lambda: [*vision_utils.get_vision_window_index(grid_thw, **WINDOWS)],
+            "window_index": lambda: [*vision_utils.get_vision_window_index(grid_thw, *WINDOWS)],
             "mrope_position_ids": rope_index,
             "PackedGrid": lambda: cu_seqlens() + position_ids(),
         }

@@ -13,7 +13,7 @@ from patchpack.testing.catalogue import Inputs
 
 
 def _make_inputs(dtype, device, photos, sizes) -> Inputs:
-    return {"images": [photo(*size, device) for size in photos], "sizes": sizes}
+    return {"images": [photo(h, w, device) for h, w in photos], "sizes": sizes}
 
 
 def _bytes_moved(inputs: Inputs, backward: bool) -> int:

@@ -75,7 +75,7 @@ def _eager_loop(inputs: Inputs) -> Provider:
     def attend(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
         qs, ks, vs = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
         outs = [
-            eager_attention_forward(module, *segment, masks[segment[0].shape[2]], scale)[0]
+            eager_attention_forward(module, *segment, masks[segment[0].shape[2]], scale)[0]  # pyright: ignore[reportArgumentType]
             for segment in zip(qs, ks, vs, strict=True)
         ]
         return torch.cat(outs, dim=1)[0]

@@ -38,6 +38,7 @@ def main() -> None:
     out = args.out or (HERE.parent / "build/bench" if args.quick else HERE / "results")
 
     console = Console()
+    console.width = max(console.width, 110)
     info = machine(args.device)
     console.print(", ".join(f"{name} {value}" for name, value in info.items()), highlight=False)
     cases = [
