@@ -164,7 +164,9 @@ def run_case(case: Case, quick: bool) -> dict[str, list[dict]]:
     clock = _clock(case.device)
     with threads(bench.threads):
         steps, skipped = _steps(case, inputs, quick)
-        clocks = {name: functools.partial(clock, step) for name, step in steps.items()}
+        clocks: dict[str, Callable[[], float]] = {
+            name: functools.partial(clock, step) for name, step in steps.items()
+        }
         work = bench.bytes_moved(inputs, case.backward), bench.flops(inputs, case.backward)
         clocks[bench.bound] = _limit(case, *work, clock)
         stats = _interleave(clocks, quick)

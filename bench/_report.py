@@ -107,10 +107,11 @@ def plot(path: Path) -> None:
 
 def _plot_op(op: str, results: list[dict], axes: Axes) -> None:
     cases = list(dict.fromkeys(r["group"] for r in results))
-    peers = [name for name in dict.fromkeys(r["name"] for r in results) if name not in OURS]
+    special = {*OURS, results[0]["extra_info"]["limit"]}
+    peers = [name for name in dict.fromkeys(r["name"] for r in results) if name not in special]
     colors = OURS | {name: f"C{i}" for i, name in enumerate(peers)}
     for name, color in colors.items():
-        rows = [r for r in results if r["name"] == name and name != r["extra_info"]["limit"]]
+        rows = [r for r in results if r["name"] == name]
         reached = [r["extra_info"]["of_limit"] for r in rows]
         ends = [
             [

@@ -58,7 +58,11 @@ SHAPES: dict[str, Shape] = {
     "rope": _tokens(**HEADS),
     "rope_2d": _squares(num_heads=8, head_dim=64, merge=2),
     "mrope": _tokens(**HEADS, **MROPE),
-    "varlen_attention": lambda count, side: {"lengths": [side**2] * count, **HEADS},
+    "varlen_attention": lambda count, side: {
+        "lengths": [side**2] * count,
+        "num_heads": (2, 2),
+        "head_dim": 64,
+    },
     "interpolate_tokens": _squares(channels=1152),
     "add_pos_embed": _squares(side=(27, 27), channels=1152),
     "region_attention": _squares(channels=1152, region=2),
