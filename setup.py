@@ -50,12 +50,15 @@ class BuildExtension(build_ext):
         self.force = True  # what lies in build/ may be of another torch, or of other flags
 
     def run(self) -> None:
+        inplace = self.inplace
         try:
             super().run()
         except (BaseError, CCompilerError) as error:
-            do_without(str(error))
-            for extension in self.extensions:
+            self.inplace = inplace
+            for extension in self.extensions:  # of an earlier build
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            text = str(error)  # has the whole command
+            do_without(text if len(text) < 100 else f"{text[:40]} ... {text[-40:]}")
             self.extensions = self.distribution.ext_modules = []
             self.get_finalized_command("bdist_wheel").root_is_pure = True  # its tag
 
@@ -93,8 +96,8 @@ def extensions() -> list[Extension]:
             define_macros=[("Py_LIMITED_API", PYTHON), ("TORCH_TARGET_VERSION", TORCH)],
             extra_compile_args=[
                 *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
-                # GCC: of vectors in signatures, and in its own intrinsics; clang: of pragmas
-                *("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"),
+                # what GCC says of vectors in signatures and in its own intrinsics
+                *("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
                 *os.environ.get("CXXFLAGS", "").split(),  # has the last word
             ],
             depends=sorted(map(str, Path("csrc").glob("*.h"))),

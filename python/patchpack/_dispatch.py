@@ -32,7 +32,8 @@ def _reason_not_native() -> str | None:
         return "the C++ extension patchpack._C is not part of this installation"
     try:
         importlib.import_module("patchpack._C")
-    except ImportError as error:
+        torch.ops.patchpack.cpu_capability("")  # refuses what PATCHPACK_CPU_CAPABILITY asks for
+    except (ImportError, RuntimeError) as error:
         return f"the C++ extension patchpack._C does not load: {error}"
     return None
 
