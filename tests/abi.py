@@ -44,4 +44,5 @@ if __name__ == "__main__":
     parser.add_argument("torch", nargs="+", help="versions")
     arguments = parser.parse_args()
     wheel = arguments.wheel.resolve(strict=True)
-    sys.exit(not all([verify(wheel, torch) for torch in arguments.torch]))
+    passed = [verify(wheel, torch) for torch in arguments.torch]
+    sys.exit(not all(passed))
