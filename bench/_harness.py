@@ -46,7 +46,7 @@ PHOTOS = [
 
 LIBRARIES = ("triton", "transformers", "torchvision", "liger_kernel", "flash_attn")
 
-SECONDS = 0.8  # for the rounds of one provider
+SECONDS = 0.6  # for the rounds of one provider
 ROUNDS = (5, 100)  # at least and at most, whatever SECONDS says
 REFERENCE_ROUNDS = 2  # at least: it is there to be right
 
