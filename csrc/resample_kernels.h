@@ -22,11 +22,15 @@ inline void for_row_parts(const Geometry& geometry, int64_t begin, int64_t end, 
 template <typename scalar_t, typename Count, typename Sink>
 inline void weighted_sum_of(const scalar_t* const* sources, const float* weights, Count count,
                             int64_t size, const Sink& sink) {
-  constexpr int kWide = 4;
+  constexpr int kWide = 4;       // vectors at a time
+  constexpr int kAhead = 4096;   // bytes: the CPU's own prefetcher stops at each page
   int64_t c = 0;
   for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
     Floats acc[kWide];
     for (int v = 0; v < kWide; ++v) acc[v] = weights[0] * load(sources[0] + c + v * kLanes);
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t byte = 0; byte < (int64_t)sizeof(scalar_t) * kWide * kLanes; byte += 64)
+        __builtin_prefetch((const char*)(sources[k] + c) + kAhead + byte);
     for (int64_t k = 1; k < count; ++k)
       for (int v = 0; v < kWide; ++v)
         acc[v] = fma(splat(weights[k]), load(sources[k] + c + v * kLanes), acc[v]);
@@ -81,7 +85,9 @@ struct Terms {
 template <typename scalar_t>
 class RowResizer {
  public:
-  explicit RowResizer(int64_t num_channels) : num_channels_(num_channels) {}
+  // Columns that nothing is summed for get zeros, or are left out.
+  RowResizer(int64_t num_channels, bool skip_empty)
+      : num_channels_(num_channels), skip_empty_(skip_empty) {}
 
   // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, and
   // `sink_of(col)` takes the vectors of a column.
@@ -101,6 +107,7 @@ class RowResizer {
   void at_once(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
                int64_t end, const SourceAt& source_at, const SinkOf& sink_of) {
     for (int64_t col = begin; col < end; ++col) {
+      if (skip_empty_ && cols.count(col) == 0) continue;
       terms_.clear();
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
@@ -129,6 +136,7 @@ class RowResizer {
       terms_.sum(step * num_channels_, [&](int64_t c, Floats v, auto n) { store(out + c, v, n); });
     }
     for (int64_t col = begin; col < end; ++col) {
+      if (skip_empty_ && cols.count(col) == 0) continue;
       summed_terms_.clear();
       for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
         summed_terms_.add(summed_.data() + (x->index - left) * num_channels_, x->weight);
@@ -137,24 +145,10 @@ class RowResizer {
   }
 
   int64_t num_channels_;
+  bool skip_empty_;
   std::vector<float> summed_;
   Terms<scalar_t> terms_;
   Terms<float> summed_terms_;
-};
-
-// The tokens of a frame's cells, counted from its first.
-class CellTokens {
- public:
-  void set(int64_t height, int64_t width, int64_t merge) {
-    rows_.resize(height);
-    cols_.resize(width);
-    for (int64_t row = 0; row < height; ++row) rows_[row] = cell_to_token(row, 0, width, merge);
-    for (int64_t col = 0; col < width; ++col) cols_[col] = cell_to_token(0, col, width, merge);
-  }
-  int64_t operator()(int64_t row, int64_t col) const { return rows_[row] + cols_[col]; }
-
- private:
-  std::vector<int64_t> rows_, cols_;
 };
 
 }  // namespace patchpack::LEVEL
