@@ -3,62 +3,49 @@
 
 namespace patchpack::LEVEL {
 
+// Adds an embedding to its token in each of `frames` frames of `area` tokens.
+template <typename scalar_t>
+inline void add_to_frames(const float* embedding, const Tokens& x, scalar_t* out, int64_t token,
+                          int64_t frames, int64_t area, int64_t num_channels) {
+  for (int64_t frame = 0; frame < frames; ++frame, token += area) {
+    const scalar_t* from = (const scalar_t*)x.data + token * x.stride;
+    scalar_t* to = out + token * num_channels;
+    for_lanes(num_channels, [&](int64_t c, auto n) {
+      store(to + c, load(from + c, n) + load(embedding + c, n), n);
+    });
+  }
+}
+
 // Tokens `[begin, end)`, counted by row, column and frame: a cell goes with its first frame.
-inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out_tokens, float* scales,
+inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out, float* scales,
                            int64_t begin, int64_t end) {
+  std::vector<float> embedding(e.num_channels);
   const auto width = [&](int64_t grid) {
     return e.geometry.width(grid) * num_frames(e.geometry, grid);
   };
   with_scalar(e.table_dtype, [&](auto table_scalar) {
     using table_t = decltype(table_scalar);
-    const auto cell_at = [&](int64_t row, int64_t col) {
-      return (const table_t*)e.table + row * e.stride_row + col * e.stride_col;
-    };
-    with_scalar(x.dtype, [&](auto scalar) {
-      using scalar_t = decltype(scalar);
-      const scalar_t* in = (const scalar_t*)x.data;
-      scalar_t* out = (scalar_t*)out_tokens;
-      RowResizer<table_t> resize_row(e.num_channels, false);
-      std::vector<float> resized;
-      for_row_parts(e.geometry, begin, end, width,
-                    [&](int64_t grid, int64_t row, int64_t left, int64_t right) {
-        const int64_t frames = num_frames(e.geometry, grid);
-        const int64_t area = e.geometry.height(grid) * e.geometry.width(grid);
-        const int64_t first = (left + frames - 1) / frames, last = (right + frames - 1) / frames;
-        const auto token_at = [&](int64_t col) {
-          return e.geometry.first(grid) + e.cells[grid](row, col);
-        };
-        const auto resize = [&](const auto& sink_of) {
-          resize_row(*e.rows[grid], row, *e.cols[grid], first, last, cell_at, sink_of);
-        };
-        const auto add = [&](int64_t token, int64_t c, Floats v, auto n) {
-          store(out + token * e.num_channels + c, load(in + token * x.stride + c, n) + v, n);
-        };
-        if (frames == 1) {
-          resize([&](int64_t col) {
-            const int64_t token = token_at(col);
-            return [&add, token](int64_t c, Floats v, auto n) { add(token, c, v, n); };
-          });
-        } else {
-          resized.resize((last - first) * e.num_channels);
-          resize([&](int64_t col) {
-            float* to = resized.data() + (col - first) * e.num_channels;
-            return [to](int64_t c, Floats v, auto n) { store(to + c, v, n); };
-          });
-          for (int64_t frame = 0; frame < frames; ++frame)
-            for (int64_t col = first; col < last; ++col) {
-              const float* from = resized.data() + (col - first) * e.num_channels;
-              const int64_t token = token_at(col) + frame * area;
-              for_lanes(e.num_channels,
-                        [&](int64_t c, auto n) { add(token, c, load(from + c, n), n); });
-            }
-        }
-        if (scales)
-          for (int64_t frame = 0; frame < frames; ++frame)
-            for (int64_t col = first; col < last; ++col)
-              scales[token_at(col) + frame * area] =
-                  e.rows[grid]->scales[row] * e.cols[grid]->scales[col];
-      });
+    RowResizer<table_t> resize_row(e.num_channels, false);
+    for_row_parts(e.geometry, begin, end, width,
+                  [&](int64_t grid, int64_t row, int64_t left, int64_t right) {
+      const int64_t frames = num_frames(e.geometry, grid);
+      const int64_t area = e.geometry.height(grid) * e.geometry.width(grid);
+      const ResizeMatrix &rows = *e.rows[grid], &cols = *e.cols[grid];
+      const auto cell_at = [&](int64_t y, int64_t x) {
+        return (const table_t*)e.table + y * e.stride_row + x * e.stride_col;
+      };
+      const auto add = [&](int64_t col) {
+        const int64_t token = e.geometry.first(grid) + e.cells[grid](row, col);
+        with_scalar(x.dtype, [&](auto scalar) {
+          add_to_frames(embedding.data(), x, (decltype(scalar)*)out, token, frames, area,
+                        e.num_channels);
+        });
+        for (int64_t frame = 0; scales && frame < frames; ++frame)
+          scales[token + frame * area] = rows.scales[row] * cols.scales[col];
+      };
+      const auto first_cell = [&](int64_t token) { return (token + frames - 1) / frames; };
+      resize_row(rows, row, cols, first_cell(left), first_cell(right), cell_at,
+                 [&](int64_t) { return embedding.data(); }, add);
     });
   });
 }
@@ -101,8 +88,8 @@ inline void sum_frames(const PosEmbed& e, const Tokens& grad, int64_t begin, int
 // Cells `[begin, end)` of the gradient of the table, gathered from one image after the other.
 inline void gather_table(const PosEmbed& e, const Tokens& grad, const Geometry& table,
                          void* grad_table, int64_t begin, int64_t end) {
+  std::vector<float> sums, lost, of_image(e.num_channels);
   const auto width = [&](int64_t) { return table.width(0); };
-  std::vector<float> sums, lost;
   with_scalar(grad.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     RowResizer<scalar_t> gather_image(e.num_channels, true);
@@ -111,21 +98,22 @@ inline void gather_table(const PosEmbed& e, const Tokens& grad, const Geometry& 
       const int64_t size = (right - left) * e.num_channels;
       sums.assign(size, 0.0f);
       lost.assign(size, 0.0f);
-      const auto sink_of = [&](int64_t col) {
-        const int64_t offset = (col - left) * e.num_channels;
-        float *sum_of = sums.data() + offset, *lost_of = lost.data() + offset;
-        return [=](int64_t c, Floats v, auto n) {
+      const auto add = [&](int64_t col) {
+        float* sum_of = sums.data() + (col - left) * e.num_channels;
+        float* lost_of = lost.data() + (col - left) * e.num_channels;
+        for_lanes(e.num_channels, [&](int64_t c, auto n) {
           Floats sum = load(sum_of + c, n), rest = load(lost_of + c, n);
-          add_exactly(sum, rest, v);
+          add_exactly(sum, rest, load(of_image.data() + c, n));
           store(sum_of + c, sum, n);
           store(lost_of + c, rest, n);
-        };
+        });
       };
       for (int64_t grid = 0; grid < e.geometry.num_grids; ++grid) {
         if (e.rows[grid]->count(row) == 0) continue;
         const auto gather = [&](auto& resize_row, const auto* first, int64_t stride) {
-          const auto token_at = [&](int64_t y, int64_t x) { return first + e.cells[grid](y, x) * stride; };
-          resize_row(*e.rows[grid], row, *e.cols[grid], left, right, token_at, sink_of);
+          resize_row(*e.rows[grid], row, *e.cols[grid], left, right,
+                     [&](int64_t y, int64_t x) { return first + e.cells[grid](y, x) * stride; },
+                     [&](int64_t) { return of_image.data(); }, add);
         };
         if (e.frame_sums[grid])
           gather(gather_clip, (const float*)e.frame_sums[grid], e.num_channels);

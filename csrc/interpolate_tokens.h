@@ -35,13 +35,14 @@ inline void resize(const Resize& r, float* scales, int64_t begin, int64_t end) {
       const auto source_at = [&](int64_t row, int64_t col) {
         return x + p.from_cell(row, col) * r.stride;
       };
-      const auto sink_of = [&](int64_t col) {
-        scalar_t* to = out + p.to_cell(p.row, col) * r.num_channels;
-        return [to](int64_t c, Floats v, auto n) { store(to + c, v, n); };
+      const auto out_at = [&](int64_t col) {
+        return out + p.to_cell(p.row, col) * r.num_channels;
       };
-      resize_row(p.rows, p.row, p.cols, p.begin, p.end, source_at, sink_of);
-      for (int64_t col = p.begin; scales && col < p.end; ++col)
-        scales[p.to_start + p.to_cell(p.row, col)] = p.rows.scales[p.row] * p.cols.scales[col];
+      const auto done = [&](int64_t col) {
+        if (scales)
+          scales[p.to_start + p.to_cell(p.row, col)] = p.rows.scales[p.row] * p.cols.scales[col];
+      };
+      resize_row(p.rows, p.row, p.cols, p.begin, p.end, source_at, out_at, done);
     });
   });
 }

@@ -18,12 +18,12 @@ inline void for_row_parts(const Geometry& geometry, int64_t begin, int64_t end, 
   }
 }
 
-// `sink(c, sum, n)` of every vector of the sum of `count` weighted sources.
-template <typename scalar_t, typename Count, typename Sink>
+// The sum of `count` weighted sources of `size` channels.
+template <typename scalar_t, typename out_t, typename Count>
 inline void weighted_sum_of(const scalar_t* const* sources, const float* weights, Count count,
-                            int64_t size, const Sink& sink) {
-  constexpr int kWide = 4;       // vectors at a time
-  constexpr int kAhead = 4096;   // bytes: the CPU's own prefetcher stops at each page
+                            int64_t size, out_t* out) {
+  constexpr int kWide = 4;      // vectors at a time
+  constexpr int kAhead = 4096;  // bytes: the CPU's own prefetcher stops at each page
   int64_t c = 0;
   for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
     Floats acc[kWide];
@@ -34,31 +34,14 @@ inline void weighted_sum_of(const scalar_t* const* sources, const float* weights
     for (int64_t k = 1; k < count; ++k)
       for (int v = 0; v < kWide; ++v)
         acc[v] = fma(splat(weights[k]), load(sources[k] + c + v * kLanes), acc[v]);
-    for (int v = 0; v < kWide; ++v) sink(c + v * kLanes, acc[v], All{});
+    for (int v = 0; v < kWide; ++v) store(out + c + v * kLanes, acc[v]);
   }
   for_lanes(size - c, [&](int64_t i, auto n) {
     Floats acc = weights[0] * load(sources[0] + c + i, n);
     for (int64_t k = 1; k < count; ++k)
       acc = fma(splat(weights[k]), load(sources[k] + c + i, n), acc);
-    sink(c + i, acc, n);
+    store(out + c + i, acc, n);
   });
-}
-
-template <typename scalar_t, typename Sink>
-inline void weighted_sum(const scalar_t* const* sources, const float* weights, int64_t count,
-                         int64_t size, const Sink& sink) {
-  switch (count) {
-    case 0:
-      return for_lanes(size, [&](int64_t c, auto n) { sink(c, Floats{}, n); });
-    case 1:
-      return weighted_sum_of(sources, weights, std::integral_constant<int, 1>{}, size, sink);
-    case 2:
-      return weighted_sum_of(sources, weights, std::integral_constant<int, 2>{}, size, sink);
-    case 4:
-      return weighted_sum_of(sources, weights, std::integral_constant<int, 4>{}, size, sink);
-    default:
-      return weighted_sum_of(sources, weights, count, size, sink);
-  }
 }
 
 // What one token is the sum of.
@@ -75,9 +58,15 @@ struct Terms {
     sources.push_back(source);
     weights.push_back(weight);
   }
-  template <typename Sink>
-  void sum(int64_t size, const Sink& sink) const {
-    weighted_sum(sources.data(), weights.data(), (int64_t)sources.size(), size, sink);
+  template <typename out_t>
+  void sum(int64_t size, out_t* out) const {
+    const int64_t count = (int64_t)sources.size();
+    if (count == 0)
+      for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
+    else if (count == 4)  // bilinear
+      weighted_sum_of(sources.data(), weights.data(), std::integral_constant<int, 4>{}, size, out);
+    else
+      weighted_sum_of(sources.data(), weights.data(), count, size, out);
   }
 };
 
@@ -89,37 +78,41 @@ class RowResizer {
   RowResizer(int64_t num_channels, bool skip_empty)
       : num_channels_(num_channels), skip_empty_(skip_empty) {}
 
-  // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, and
-  // `sink_of(col)` takes the vectors of a column.
-  template <typename SourceAt, typename SinkOf>
+  // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, a column goes to
+  // `out_at(col)`, and then `done(col)` is called.
+  template <typename SourceAt, typename OutAt, typename Done>
   void operator()(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
-                  int64_t end, const SourceAt& source_at, const SinkOf& sink_of) {
+                  int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
     if (rows.longest * cols.longest <= kFew)
-      at_once(rows, row, cols, begin, end, source_at, sink_of);
+      at_once(rows, row, cols, begin, end, source_at, out_at, done);
     else
-      rows_first(rows, row, cols, begin, end, source_at, sink_of);
+      rows_first(rows, row, cols, begin, end, source_at, out_at, done);
   }
 
  private:
   static constexpr int64_t kFew = 9;  // terms of a token, up to which they are summed at once
 
-  template <typename SourceAt, typename SinkOf>
+  template <typename SourceAt, typename OutAt, typename Done>
   void at_once(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
-               int64_t end, const SourceAt& source_at, const SinkOf& sink_of) {
+               int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
     for (int64_t col = begin; col < end; ++col) {
       if (skip_empty_ && cols.count(col) == 0) continue;
       terms_.clear();
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
           terms_.add(source_at(y->index, x->index), y->weight * x->weight);
-      terms_.sum(num_channels_, sink_of(col));
+      terms_.sum(num_channels_, out_at(col));
+      done(col);
     }
   }
 
   // Sums rows of the map into one, then columns of that.
-  template <typename SourceAt, typename SinkOf>
+  template <typename SourceAt, typename OutAt, typename Done>
   void rows_first(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
-                  int64_t end, const SourceAt& source_at, const SinkOf& sink_of) {
+                  int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
     const Entry *first = cols.begin(begin), *last = cols.begin(end) - 1;
     const int64_t left = first > last ? 0 : first->index;
     const int64_t width = first > last ? 0 : last->index + 1 - left;
@@ -132,15 +125,15 @@ class RowResizer {
       terms_.clear();
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         terms_.add(source_at(y->index, left + col), y->weight);
-      float* out = summed_.data() + col * num_channels_;
-      terms_.sum(step * num_channels_, [&](int64_t c, Floats v, auto n) { store(out + c, v, n); });
+      terms_.sum(step * num_channels_, summed_.data() + col * num_channels_);
     }
     for (int64_t col = begin; col < end; ++col) {
       if (skip_empty_ && cols.count(col) == 0) continue;
       summed_terms_.clear();
       for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
         summed_terms_.add(summed_.data() + (x->index - left) * num_channels_, x->weight);
-      summed_terms_.sum(num_channels_, sink_of(col));
+      summed_terms_.sum(num_channels_, out_at(col));
+      done(col);
     }
   }
 
