@@ -18,19 +18,39 @@ inline void for_row_parts(const Geometry& geometry, int64_t begin, int64_t end, 
   }
 }
 
-// The sum of `count` weighted sources of `size` channels.
+// What one token is the sum of.
+template <typename scalar_t>
+struct Terms {
+  std::vector<const scalar_t*> sources;
+  std::vector<float> weights;
+
+  int64_t count() const { return (int64_t)sources.size(); }
+  void clear() {
+    sources.clear();
+    weights.clear();
+  }
+  void add(const scalar_t* source, float weight) {
+    sources.push_back(source);
+    weights.push_back(weight);
+  }
+};
+
+// The sum of `size` channels of `count` terms. Those of `next` are brought nearer meanwhile: the
+// CPU's own prefetcher does not see them coming.
 template <typename scalar_t, typename out_t, typename Count>
-inline void weighted_sum_of(const scalar_t* const* sources, const float* weights, Count count,
-                            int64_t size, out_t* out) {
-  constexpr int kWide = 4;      // vectors at a time
-  constexpr int kAhead = 4096;  // bytes: the CPU's own prefetcher stops at each page
+inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<scalar_t>& next,
+                      int64_t size, out_t* out) {
+  constexpr int kWide = 4;  // vectors at a time
+  constexpr int64_t kWideBytes = kWide * kLanes * sizeof(scalar_t);
+  const scalar_t* const* sources = terms.sources.data();
+  const float* weights = terms.weights.data();
   int64_t c = 0;
   for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
+    for (const scalar_t* source : next.sources)
+      for (int64_t byte = 0; byte < kWideBytes; byte += 64)
+        __builtin_prefetch((const char*)(source + c) + byte, 0, 2);
     Floats acc[kWide];
     for (int v = 0; v < kWide; ++v) acc[v] = weights[0] * load(sources[0] + c + v * kLanes);
-    for (int64_t k = 0; k < count; ++k)
-      for (int64_t byte = 0; byte < (int64_t)sizeof(scalar_t) * kWide * kLanes; byte += 64)
-        __builtin_prefetch((const char*)(sources[k] + c) + kAhead + byte);
     for (int64_t k = 1; k < count; ++k)
       for (int v = 0; v < kWide; ++v)
         acc[v] = fma(splat(weights[k]), load(sources[k] + c + v * kLanes), acc[v]);
@@ -44,31 +64,16 @@ inline void weighted_sum_of(const scalar_t* const* sources, const float* weights
   });
 }
 
-// What one token is the sum of.
-template <typename scalar_t>
-struct Terms {
-  std::vector<const scalar_t*> sources;
-  std::vector<float> weights;
-
-  void clear() {
-    sources.clear();
-    weights.clear();
-  }
-  void add(const scalar_t* source, float weight) {
-    sources.push_back(source);
-    weights.push_back(weight);
-  }
-  template <typename out_t>
-  void sum(int64_t size, out_t* out) const {
-    const int64_t count = (int64_t)sources.size();
-    if (count == 0)
-      for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
-    else if (count == 4)  // bilinear
-      weighted_sum_of(sources.data(), weights.data(), std::integral_constant<int, 4>{}, size, out);
-    else
-      weighted_sum_of(sources.data(), weights.data(), count, size, out);
-  }
-};
+template <typename scalar_t, typename out_t>
+inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
+                      out_t* out) {
+  if (terms.count() == 0)
+    for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
+  else if (terms.count() == 4)  // bilinear
+    sum_terms(terms, std::integral_constant<int, 4>{}, next, size, out);
+  else
+    sum_terms(terms, terms.count(), next, size, out);
+}
 
 // Makes parts of rows of resized maps, `num_channels` of each token.
 template <typename scalar_t>
@@ -97,13 +102,19 @@ class RowResizer {
   void at_once(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
                int64_t end, const SourceAt& source_at, const OutAt& out_at,
                   const Done& done) {
-    for (int64_t col = begin; col < end; ++col) {
-      if (skip_empty_ && cols.count(col) == 0) continue;
-      terms_.clear();
+    const auto find_terms = [&](int64_t col) {
+      next_.clear();
+      if (col == end) return;
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
-          terms_.add(source_at(y->index, x->index), y->weight * x->weight);
-      terms_.sum(num_channels_, out_at(col));
+          next_.add(source_at(y->index, x->index), y->weight * x->weight);
+    };
+    find_terms(begin);
+    for (int64_t col = begin; col < end; ++col) {
+      std::swap(terms_, next_);
+      find_terms(col + 1);
+      if (skip_empty_ && terms_.count() == 0) continue;
+      sum_terms(terms_, next_, num_channels_, out_at(col));
       done(col);
     }
   }
@@ -125,14 +136,14 @@ class RowResizer {
       terms_.clear();
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         terms_.add(source_at(y->index, left + col), y->weight);
-      terms_.sum(step * num_channels_, summed_.data() + col * num_channels_);
+      sum_terms(terms_, {}, step * num_channels_, summed_.data() + col * num_channels_);
     }
     for (int64_t col = begin; col < end; ++col) {
       if (skip_empty_ && cols.count(col) == 0) continue;
       summed_terms_.clear();
       for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
         summed_terms_.add(summed_.data() + (x->index - left) * num_channels_, x->weight);
-      summed_terms_.sum(num_channels_, out_at(col));
+      sum_terms(summed_terms_, {}, num_channels_, out_at(col));
       done(col);
     }
   }
@@ -140,7 +151,7 @@ class RowResizer {
   int64_t num_channels_;
   bool skip_empty_;
   std::vector<float> summed_;
-  Terms<scalar_t> terms_;
+  Terms<scalar_t> terms_, next_;
   Terms<float> summed_terms_;
 };
 
