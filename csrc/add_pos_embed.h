@@ -88,7 +88,8 @@ inline void sum_frames(const PosEmbed& e, const Tokens& grad, int64_t begin, int
 // Cells `[begin, end)` of the gradient of the table, gathered from one image after the other.
 inline void gather_table(const PosEmbed& e, const Tokens& grad, const Geometry& table,
                          void* grad_table, int64_t begin, int64_t end) {
-  std::vector<float> sums, lost, of_image(e.num_channels);
+  constexpr int64_t kGroup = 16;  // images summed before they meet the total, which rounds less
+  std::vector<float> total, group, of_image(e.num_channels);
   const auto width = [&](int64_t) { return table.width(0); };
   with_scalar(grad.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
@@ -96,20 +97,24 @@ inline void gather_table(const PosEmbed& e, const Tokens& grad, const Geometry& 
     RowResizer<float> gather_clip(e.num_channels, true);
     for_row_parts(table, begin, end, width, [&](int64_t, int64_t row, int64_t left, int64_t right) {
       const int64_t size = (right - left) * e.num_channels;
-      sums.assign(size, 0.0f);
-      lost.assign(size, 0.0f);
+      total.assign(size, 0.0f);
+      group.assign(size, 0.0f);
       const auto add = [&](int64_t col) {
-        float* sum_of = sums.data() + (col - left) * e.num_channels;
-        float* lost_of = lost.data() + (col - left) * e.num_channels;
+        float* sum = group.data() + (col - left) * e.num_channels;
         for_lanes(e.num_channels, [&](int64_t c, auto n) {
-          Floats sum = load(sum_of + c, n), rest = load(lost_of + c, n);
-          add_exactly(sum, rest, load(of_image.data() + c, n));
-          store(sum_of + c, sum, n);
-          store(lost_of + c, rest, n);
+          store(sum + c, load(sum + c, n) + load(of_image.data() + c, n), n);
         });
       };
+      const auto add_group = [&] {
+        for_lanes(size, [&](int64_t c, auto n) {
+          store(total.data() + c, load(total.data() + c, n) + load(group.data() + c, n), n);
+          store(group.data() + c, Floats{}, n);
+        });
+      };
+      int64_t num_images = 0;
       for (int64_t grid = 0; grid < e.geometry.num_grids; ++grid) {
         if (e.rows[grid]->count(row) == 0) continue;
+        if (++num_images % kGroup == 0) add_group();
         const auto gather = [&](auto& resize_row, const auto* first, int64_t stride) {
           resize_row(*e.rows[grid], row, *e.cols[grid], left, right,
                      [&](int64_t y, int64_t x) { return first + e.cells[grid](y, x) * stride; },
@@ -121,10 +126,11 @@ inline void gather_table(const PosEmbed& e, const Tokens& grad, const Geometry& 
           gather(gather_image, (const scalar_t*)grad.data + e.geometry.first(grid) * grad.stride,
                  grad.stride);
       }
+      add_group();
       with_scalar(e.table_dtype, [&](auto table_scalar) {
         auto* out = (decltype(table_scalar)*)grad_table +
                     (row * table.width(0) + left) * e.num_channels;
-        for_lanes(size, [&](int64_t c, auto n) { store(out + c, load(sums.data() + c, n), n); });
+        for_lanes(size, [&](int64_t c, auto n) { store(out + c, load(total.data() + c, n), n); });
       });
     });
   });
