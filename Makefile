@@ -22,6 +22,7 @@ check: $(native) python/patchpack/kernels
 	$(bin)/ruff format --check .
 	$(bin)/pyright --warnings
 	$(bin)/torch-abi-audit --check both $(native)
+	$(bin)/torch-abi-audit $(native) | grep -q "Min torch: *2.10.0"
 
 # glibc returns large blocks to the system at once and pays for their pages again: not what is timed
 bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
