@@ -22,6 +22,7 @@ check: $(native) python/patchpack/kernels
 	$(bin)/ruff format --check .
 	$(bin)/pyright --warnings
 	$(bin)/torch-abi-audit --check both $(native)
+	$(bin)/torch-abi-audit $(native) | grep -q "Min torch: *2.10.0"
 
 # glibc returns large blocks to the system at once and pays for their pages again: not what is timed
 bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
@@ -34,13 +35,13 @@ mutate: $(native)
 	$(bin)/python tests/mutate.py
 
 # the native ops in a copy of the package whose C++ watches its memory and its arithmetic
+sanitize: watch = -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(env)
 	PATCHPACK_NATIVE=1 LDFLAGS="$(watch)" CXXFLAGS="$(watch) -fno-wrapv -O1 -g1 -D_GLIBCXX_ASSERTIONS" \
 	$(bin)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib \
 	$(bin)/pytest -k "native and not native_vit"
-sanitize: watch = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # one wheel on several versions of torch: gigabytes, and minutes for each
 abi: $(env)

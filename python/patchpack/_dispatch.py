@@ -37,8 +37,10 @@ def _reason_not_native() -> str | None:
     try:
         importlib.import_module("patchpack._C")
         torch.ops.patchpack.cpu_capability("")  # refuses what PATCHPACK_CPU_CAPABILITY asks for
-    except (ImportError, RuntimeError) as error:
-        return f"the C++ extension patchpack._C does not load: {error}"
+    except ImportError as error:
+        return f"the extension patchpack._C does not load with torch {torch.__version__}: {error}"
+    except RuntimeError as error:
+        return f"the extension patchpack._C refuses to run: {error}"
     return None
 
 
