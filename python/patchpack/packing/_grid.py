@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchpack import _dispatch
+
 _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
 # a registered op, so that a grid can be built inside torch.compile: its lengths are data there
 _LIBRARY.define(
@@ -99,7 +101,10 @@ def position_ids_of(
     return torch.stack([*frame, row, col], dim=1)
 
 
-def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
+def _metadata(
+    sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool
+) -> tuple[Tensor, Tensor, int, int]:
+    """Geometry, segments, number of tokens and length of the longest segment."""
     check_sizes(sizes, spatial_merge_size)
     frames, rows, cols = sizes.T
     in_frame = rows * cols
@@ -110,18 +115,17 @@ def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
         cu_seqlens = geometry[:, 0].int()
     else:
         cu_seqlens = cu_seqlens_of(geometry, grid_thw[:, 0], int(frames.sum()))
-    return (
-        geometry,
-        cu_seqlens,
-        # carry numbers as sizes
-        torch.empty(int((frames * in_frame).sum()), 0, device="cpu"),
-        torch.empty(int(in_segment.max(initial=0)), 0, device="cpu"),
-    )
+    num_tokens, longest = (frames * in_frame).sum(), in_segment.max(initial=0)
+    return geometry, cu_seqlens, int(num_tokens), int(longest)
 
 
 @torch.library.impl(_LIBRARY, "grid_metadata", "CPU")
 def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
-    return _metadata(grid_thw.numpy(), spatial_merge_size, merge_temporal)
+    found = _dispatch.native("packed_grid", grid_thw, spatial_merge_size, merge_temporal)
+    if found is None:
+        found = _metadata(grid_thw.numpy(), spatial_merge_size, merge_temporal)
+    geometry, cu_seqlens, *numbers = found
+    return geometry, cu_seqlens, *(torch.empty(n, 0, device="cpu") for n in numbers)
 
 
 @torch.library.register_fake("patchpack::grid_metadata", lib=_LIBRARY)
@@ -154,6 +158,15 @@ def _(grid_thw: Tensor, merge_size: int):
     return sizes, grid_thw.new_empty(num_tokens, 0, dtype=torch.float32)
 
 
+def _merged_sizes(grid_thw: Tensor, merge_size: int) -> tuple[Tensor, int]:
+    """Sizes after ``m x m`` tokens became one, and how many tokens that leaves."""
+    found = _dispatch.native("merged_grid", grid_thw, merge_size)
+    if found is not None:
+        return found
+    sizes, tokens = torch.ops.patchpack.merged_sizes(grid_thw, merge_size)
+    return sizes, tokens.shape[0]
+
+
 def is_integer(n: object) -> bool:
     """Whether ``n`` is an integer of Python or NumPy."""
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
@@ -171,6 +184,11 @@ def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     """Sizes as int64 ``[G, 3]``; a pair is a single frame."""
     if not isinstance(sizes, Iterable):
         raise TypeError(f"grid_thw must be rows of integers or a tensor, got {sizes!r}")
+    sizes = list(sizes)
+    if {*map(type, sizes)} <= {tuple, list} and {*map(len, sizes)} == {3}:
+        numbers = list(itertools.chain.from_iterable(sizes))
+        if {*map(type, numbers)} == {int} and -(2**31) < min(numbers) <= max(numbers) < 2**31:
+            return np.array(numbers, dtype=np.int64).reshape(-1, 3)
     rows = []
     for i, size in enumerate(sizes):
         row = tuple(size) if isinstance(size, Iterable) else (size,)
@@ -292,21 +310,27 @@ class PackedGrid:
         with torch.inference_mode(False):  # or no backward pass could keep these tensors
             if isinstance(grid_thw, Tensor):
                 device = grid_thw.device if device is None else device
-                sizes = _on_host(grid_thw)
-                metadata = torch.ops.patchpack.grid_metadata(sizes, m, merge_temporal)
+                rows, sizes = None, _on_host(grid_thw)
             else:
                 rows = _rows_of(grid_thw)
                 sizes = torch.from_numpy(rows)
-                metadata = _metadata(rows, m, merge_temporal)
-            geometry, cu_seqlens, tokens, longest = metadata
+            found = _dispatch.native("packed_grid", sizes, m, merge_temporal)
+            if found is None and rows is None:
+                *found, tokens, longest = torch.ops.patchpack.grid_metadata(
+                    sizes, m, merge_temporal
+                )
+                found += tokens.shape[0], longest.shape[0]
+            elif found is None:
+                found = _metadata(rows, m, merge_temporal)
+            geometry, cu_seqlens, num_tokens, max_seqlen = found
             device = _device("cpu" if device is None else device)
             self._set(
                 grid_thw=sizes.clone(),  # a copy to look at: kernels trust what they are given
                 spatial_merge_size=m,
                 merge_temporal=merge_temporal,
                 device=device,
-                num_tokens=tokens.shape[0],
-                max_seqlen=longest.shape[0],
+                num_tokens=num_tokens,
+                max_seqlen=max_seqlen,
                 geometry=geometry.to(device, non_blocking=True),
                 cu_seqlens=cu_seqlens.to(device, non_blocking=True),
                 _sizes=sizes,
@@ -333,9 +357,15 @@ class PackedGrid:
         position_ids = self._position_ids
         if position_ids is None:
             with torch.inference_mode(False):
-                position_ids = position_ids_of(
-                    self.geometry, self.spatial_merge_size, self.num_tokens
-                )
+                position_ids = None
+                if self.geometry.is_cpu:
+                    position_ids = _dispatch.native(
+                        "vision_position_ids", self._sizes, self.spatial_merge_size, None, False, None
+                    )
+                if position_ids is None:
+                    position_ids = position_ids_of(
+                        self.geometry, self.spatial_merge_size, self.num_tokens
+                    )
             self._set(_position_ids=position_ids)
         return position_ids
 
@@ -347,7 +377,7 @@ class PackedGrid:
         """
         if self.spatial_merge_size % size == 0:  # checked when the grid was built
             return self.num_tokens // size**2
-        return torch.ops.patchpack.merged_sizes(self._sizes, size)[1].shape[0]
+        return _merged_sizes(self._sizes, size)[1]
 
     def merged(self, merge_size: int | None = None) -> PackedGrid:
         """The grid after every ``m x m`` block of patches became one token, in raster order.
@@ -361,7 +391,7 @@ class PackedGrid:
             ValueError: Rows or columns do not divide by ``merge_size``.
         """
         m = self.spatial_merge_size if merge_size is None else _merge_size(merge_size, "merge_size")
-        sizes, _ = torch.ops.patchpack.merged_sizes(self._sizes, m)
+        sizes, _ = _merged_sizes(self._sizes, m)
         return PackedGrid(sizes, 1, self.merge_temporal, device=self.geometry.device)
 
     def resized(
