@@ -5,6 +5,10 @@
 
 namespace patchpack {
 
+inline Tensor all_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // The elements of a contiguous tensor, which has to outlive them.
 struct Integers {
   const void* values;

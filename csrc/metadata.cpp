@@ -6,8 +6,6 @@
 namespace patchpack {
 namespace {
 
-using torch::stable::contiguous;
-
 struct Grid {
   int64_t frames, rows, cols, merge;
 
@@ -21,8 +19,8 @@ struct Grids : std::vector<Grid> {
 // Sizes `[G, 3]` that can be, whole in blocks of `merge` tokens, or of one of `merges` each.
 Grids grids_of(const Tensor& grid_thw, int64_t merge,
                const std::optional<Tensor>& merges = std::nullopt) {
-  const Tensor sizes_tensor = contiguous(grid_thw);
-  const Tensor merges_tensor = contiguous(merges.value_or(grid_thw));
+  const Tensor sizes_tensor = all_contiguous(grid_thw);
+  const Tensor merges_tensor = all_contiguous(merges.value_or(grid_thw));
   const Integers sizes(sizes_tensor), each(merges_tensor);
   Grids grids;
   grids.reserve(sizes_tensor.size(0));
@@ -180,7 +178,7 @@ struct Run {
 std::vector<Run> runs_of(const std::optional<Tensor>& grid_thw, int64_t merge) {
   std::vector<Run> runs;
   if (!grid_thw) return runs;
-  const Tensor sizes_tensor = contiguous(*grid_thw);
+  const Tensor sizes_tensor = all_contiguous(*grid_thw);
   const Integers sizes(sizes_tensor);
   for (int64_t i = 0; i < 3 * sizes_tensor.size(0); i += 3)
     runs.push_back({std::max<int64_t>(sizes[i], 1), std::max<int64_t>(sizes[i + 1] / merge, 1),
@@ -202,7 +200,7 @@ std::vector<int64_t> bounds_of(const Tensor& input_ids, const std::optional<Tens
   const int64_t length = input_ids.size(input_ids.dim() - 1);
   std::vector<int64_t> bounds;
   if (cu_seqlens) {
-    const Tensor given_tensor = contiguous(*cu_seqlens);
+    const Tensor given_tensor = all_contiguous(*cu_seqlens);
     const Integers given(given_tensor);
     for (int64_t i = 0; i < given_tensor.size(0); ++i)
       bounds.push_back(std::clamp<int64_t>(given[i], 0, length));
@@ -232,7 +230,7 @@ std::tuple<Tensor, Tensor> mrope_position_ids(
     for (Run& run : videos) run.seconds = 1;
   bool is_double = false;
   if (second_per_grid_ts) {
-    const Tensor seconds = contiguous(*second_per_grid_ts);
+    const Tensor seconds = all_contiguous(*second_per_grid_ts);
     is_double = seconds.scalar_type() == ScalarType::Double;
     for (size_t i = 0; i < videos.size(); ++i)
       videos[i].seconds =
@@ -245,10 +243,10 @@ std::tuple<Tensor, Tensor> mrope_position_ids(
   };
   if (split_frames) videos = split_into_frames(videos, input_ids.numel());
 
-  const Tensor ids_tensor = contiguous(input_ids);
+  const Tensor ids_tensor = all_contiguous(input_ids);
   const Integers ids(ids_tensor);
   std::optional<Tensor> mask;
-  if (attention_mask) mask = contiguous(torch::stable::to(*attention_mask, ScalarType::Bool));
+  if (attention_mask) mask = all_contiguous(torch::stable::to(*attention_mask, ScalarType::Bool));
   const bool* valid = mask ? mask->const_data_ptr<bool>() : nullptr;
 
   std::vector<int64_t> sizes(input_ids.sizes().begin(), input_ids.sizes().end());

@@ -26,14 +26,14 @@ std::tuple<Tensor, Tensor> scatter_tokens(Tensor embeds, Tensor tokens, Tensor i
   int32_t* sources = sources_tensor.mutable_data_ptr<int32_t>();
   const int64_t num_vectors = vectors ? vectors->size(0) : 0;
   if (vector_index) {
-    const Tensor which_tensor = torch::stable::contiguous(*vector_index);
+    const Tensor which_tensor = all_contiguous(*vector_index);
     const Integers which(which_tensor);
     for (int64_t row = 0; row < num_rows; ++row)
       sources[row] = (int32_t)std::min(std::max<int64_t>(which[row], -1), num_vectors - 1);
   } else {
     std::fill(sources, sources + num_rows, -1);
   }
-  const Tensor index_tensor = torch::stable::contiguous(index);
+  const Tensor index_tensor = all_contiguous(index);
   const Integers rows(index_tensor);
   for (int64_t i = 0; i < num_tokens; ++i)
     if (rows[i] >= 0 && rows[i] < num_rows) sources[rows[i]] = (int32_t)(num_vectors + i);
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> scatter_tokens_backward(Tensor grad, Tensor s
   const Tensor grad_embeds = empty_of(grad);
   const Tensor grad_tokens = empty({num_tokens, grad.size(2)}, grad.scalar_type());
   const int32_t* sources = sources_tensor.const_data_ptr<int32_t>();
-  const Tensor index_tensor = torch::stable::contiguous(index);
+  const Tensor index_tensor = all_contiguous(index);
   const Integers rows(index_tensor);
 
   grad = last_contiguous(grad);

@@ -28,6 +28,20 @@ def pytest_configure():
         )
 
 
+@pytest.fixture(scope="module", params=["native", "torch"])
+def with_and_without_extension(request):
+    """Runs the tests of a module twice: with the C++ of integers, and with its code in torch."""
+    from patchpack import _dispatch  # here, for what is above comes first
+
+    missing = _dispatch._NOT_INSTALLED["native"]
+    if request.param == "native" and missing:
+        pytest.skip(missing)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setitem(_dispatch._NOT_INSTALLED, "native", "it is hidden")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -180,7 +180,7 @@ def test_a_second_derivative_is_refused(impl):
     tokens = torch.randn(6, 2, requires_grad=True)
     out = assemble(tokens, None, TokenLayout([FeatureMap(0, (2, 3))]), impl=impl)
     (grad,) = torch.autograd.grad(out.square().sum(), tokens, create_graph=True)
-    with pytest.raises(RuntimeError, match="assemble_backward.* has no gradient"):
+    with pytest.raises(RuntimeError, match=r"assemble_backward.* has no gradient"):
         grad.sum().backward()
 
 

@@ -85,7 +85,7 @@ def test_a_second_derivative_is_refused(impl):
     embeds, tokens = torch.randn(6, 2, requires_grad=True), torch.randn(1, 2)
     out = scatter_tokens(embeds, tokens, torch.tensor([2]), impl=impl)
     (grad,) = torch.autograd.grad(out.square().sum(), embeds, create_graph=True)
-    with pytest.raises(RuntimeError, match="scatter_tokens_backward.* has no gradient"):
+    with pytest.raises(RuntimeError, match=r"scatter_tokens_backward.* has no gradient"):
         grad.sum().backward()
 
 

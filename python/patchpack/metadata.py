@@ -46,7 +46,7 @@ def get_vision_cu_seqlens(
     """
     _check_grids(grid_thw)
     _check.flags(merge_temporal=merge_temporal)
-    (num_segments,) = (None,) if merge_temporal else _given(num_segments=num_segments)
+    num_segments = None if merge_temporal else _given("num_segments", num_segments)
     native = _dispatch.native("vision_cu_seqlens", grid_thw, merge_temporal, num_segments)
     if native is not None:
         return native
@@ -92,7 +92,7 @@ def get_vision_position_ids(
         _check.same_device(grid_thw=grid_thw, spatial_merge_size=m)
     else:
         (m,) = _check.whole(spatial_merge_size=m)
-    (num_tokens,) = _given(num_tokens=num_tokens)
+    num_tokens = _given("num_tokens", num_tokens)
     one, each = (1, m) if isinstance(m, Tensor) else (m, None)
     native = _dispatch.native(
         "vision_position_ids", grid_thw, one, each, include_temporal, num_tokens
@@ -154,7 +154,8 @@ def get_vision_window_index(
             f"window_size must be at least the {m * patch_size} pixels of a merged token,"
             f" got {window_size}"
         )
-    num_tokens, num_windows = _given(num_tokens=num_tokens, num_windows=num_windows)
+    num_tokens = _given("num_tokens", num_tokens)
+    num_windows = _given("num_windows", num_windows)
     native = _dispatch.native("vision_window_index", grid_thw, m, side, num_tokens, num_windows)
     if native is not None:
         return native
@@ -200,9 +201,9 @@ def _check_grids(grid_thw: Tensor) -> None:
     _check.dtype("grid_thw", grid_thw, torch.int64, torch.int32)
 
 
-def _given(**lengths: int | None) -> list[int | None]:
-    """``lengths`` as Python integers, where they are given."""
-    return [n if n is None else _check.whole(0, **{name: n})[0] for name, n in lengths.items()]
+def _given(name: str, length: int | None) -> int | None:
+    """``length`` as a Python integer, if it is given."""
+    return None if length is None else _check.whole(0, **{name: length})[0]
 
 
 def _length(

@@ -180,15 +180,25 @@ def _merge_size(m: int, name: str = "spatial_merge_size") -> int:
     return int(m)
 
 
+def _plain_rows(rows: list, widths: set[int]) -> np.ndarray | None:
+    """``rows`` as int64, if they are the usual: tuples or lists of one width, of small integers."""
+    found = {*map(len, rows)} if {*map(type, rows)} <= {tuple, list} else set()
+    if len(found) != 1 or not found <= widths:
+        return None
+    numbers = list(itertools.chain.from_iterable(rows))
+    if {*map(type, numbers)} != {int} or min(numbers) <= -(2**31) or max(numbers) >= 2**31:
+        return None
+    return np.array(numbers, dtype=np.int64).reshape(len(rows), -1)
+
+
 def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     """Sizes as int64 ``[G, 3]``; a pair is a single frame."""
     if not isinstance(sizes, Iterable):
         raise TypeError(f"grid_thw must be rows of integers or a tensor, got {sizes!r}")
     sizes = list(sizes)
-    if {*map(type, sizes)} <= {tuple, list} and {*map(len, sizes)} == {3}:
-        numbers = list(itertools.chain.from_iterable(sizes))
-        if {*map(type, numbers)} == {int} and -(2**31) < min(numbers) <= max(numbers) < 2**31:
-            return np.array(numbers, dtype=np.int64).reshape(-1, 3)
+    plain = _plain_rows(sizes, {2, 3})
+    if plain is not None:
+        return plain if plain.shape[1] == 3 else np.insert(plain, 0, 1, axis=1)
     rows = []
     for i, size in enumerate(sizes):
         row = tuple(size) if isinstance(size, Iterable) else (size,)
@@ -234,14 +244,16 @@ def _pairs_on_host(
             raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
         single = len(target_hw) > 0 and is_integer(target_hw[0])
         pairs: list[Any] = [target_hw] if single else list(target_hw)
-        for pair in pairs:
+        plain = _plain_rows(pairs, {2})
+        for pair in pairs if plain is None else ():
             is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
             if not is_pair or not all(map(is_integer, pair)):
                 raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
             if max(map(abs, pair)) >= 2**31:
                 raise ValueError(f"target_hw must be below 2**31 on every axis, got {pair}")
-        target_hw = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
-        target_hw = target_hw[0] if single else target_hw
+        if plain is None:
+            plain = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        target_hw = torch.from_numpy(plain[0] if single else plain)
     if target_hw.is_floating_point() or target_hw.is_complex() or target_hw.dtype == torch.bool:
         raise TypeError(f"target_hw must have an integer dtype, got {target_hw.dtype}")
     if target_hw.device.type != "cpu":
@@ -314,32 +326,50 @@ class PackedGrid:
             else:
                 rows = _rows_of(grid_thw)
                 sizes = torch.from_numpy(rows)
-            found = _dispatch.native("packed_grid", sizes, m, merge_temporal)
-            if found is None and rows is None:
-                *found, tokens, longest = torch.ops.patchpack.grid_metadata(
-                    sizes, m, merge_temporal
-                )
-                found += tokens.shape[0], longest.shape[0]
-            elif found is None:
-                found = _metadata(rows, m, merge_temporal)
-            geometry, cu_seqlens, num_tokens, max_seqlen = found
-            device = _device("cpu" if device is None else device)
-            self._set(
-                grid_thw=sizes.clone(),  # a copy to look at: kernels trust what they are given
-                spatial_merge_size=m,
-                merge_temporal=merge_temporal,
-                device=device,
-                num_tokens=num_tokens,
-                max_seqlen=max_seqlen,
-                geometry=geometry.to(device, non_blocking=True),
-                cu_seqlens=cu_seqlens.to(device, non_blocking=True),
-                _sizes=sizes,
-                _position_ids=None,
-            )
+            self._build(sizes, rows, m, merge_temporal, "cpu" if device is None else device)
+
+    def _build(
+        self,
+        sizes: Tensor,
+        rows: np.ndarray | None,
+        spatial_merge_size: int,
+        merge_temporal: bool,
+        device: torch.device | str,
+    ) -> None:
+        """Set all fields from ``sizes``, int64 ``[G, 3]`` on the CPU, and its ``rows`` if known."""
+        arguments = sizes, spatial_merge_size, merge_temporal
+        found = _dispatch.native("packed_grid", *arguments)
+        if found is None and rows is not None:
+            found = _metadata(rows, spatial_merge_size, merge_temporal)
+        elif found is None:
+            *found, tokens, longest = torch.ops.patchpack.grid_metadata(*arguments)
+            found += tokens.shape[0], longest.shape[0]
+        geometry, cu_seqlens, num_tokens, max_seqlen = found
+        device = _device(device)
+        if device.type != "cpu":
+            geometry = geometry.to(device, non_blocking=True)
+            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        self._set(
+            grid_thw=sizes.clone(),  # a copy to look at: kernels trust what they are given
+            spatial_merge_size=spatial_merge_size,
+            merge_temporal=merge_temporal,
+            device=device,
+            num_tokens=num_tokens,
+            max_seqlen=max_seqlen,
+            geometry=geometry,
+            cu_seqlens=cu_seqlens,
+            _sizes=sizes,
+            _position_ids=None,
+        )
+
+    def _like(self, sizes: Tensor, spatial_merge_size: int, device: torch.device) -> PackedGrid:
+        """A grid of other ``sizes``, which become its own."""
+        grid = object.__new__(PackedGrid)
+        grid._build(sizes, None, spatial_merge_size, self.merge_temporal, device)
+        return grid
 
     def _set(self, **fields) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(fields)
 
     @property
     def num_grids(self) -> int:
@@ -357,17 +387,17 @@ class PackedGrid:
         position_ids = self._position_ids
         if position_ids is None:
             with torch.inference_mode(False):
-                position_ids = None
-                if self.geometry.is_cpu:
-                    position_ids = _dispatch.native(
-                        "vision_position_ids", self._sizes, self.spatial_merge_size, None, False, None
-                    )
-                if position_ids is None:
-                    position_ids = position_ids_of(
-                        self.geometry, self.spatial_merge_size, self.num_tokens
-                    )
+                position_ids = self._make_position_ids()
             self._set(_position_ids=position_ids)
         return position_ids
+
+    def _make_position_ids(self) -> Tensor:
+        m = self.spatial_merge_size
+        if self.geometry.is_cpu:
+            found = _dispatch.native("vision_position_ids", self._sizes, m, None, False, None)
+            if found is not None:
+                return found
+        return position_ids_of(self.geometry, m, self.num_tokens)
 
     def num_blocks(self, size: int) -> int:
         """How many blocks of ``size x size`` tokens the maps are made of, known on the host.
@@ -391,8 +421,9 @@ class PackedGrid:
             ValueError: Rows or columns do not divide by ``merge_size``.
         """
         m = self.spatial_merge_size if merge_size is None else _merge_size(merge_size, "merge_size")
-        sizes, _ = _merged_sizes(self._sizes, m)
-        return PackedGrid(sizes, 1, self.merge_temporal, device=self.geometry.device)
+        with torch.inference_mode(False):
+            sizes, _ = _merged_sizes(self._sizes, m)
+            return self._like(sizes, 1, self.geometry.device)
 
     def resized(
         self,
@@ -414,11 +445,12 @@ class PackedGrid:
         m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
         m = _merge_size(m)
         pairs = _pairs_on_host(target_hw, self.num_grids)
-        grid_thw = torch.cat([self._sizes[:, :1], pairs], dim=1)
-        try:
-            return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)
-        except ValueError as error:
-            raise ValueError(f"target_hw does not fit: {error}") from None
+        with torch.inference_mode(False):
+            sizes = torch.cat([self._sizes[:, :1], pairs], dim=1)
+            try:
+                return self._like(sizes, m, self.geometry.device)
+            except ValueError as error:
+                raise ValueError(f"target_hw does not fit: {error}") from None
 
     def to(self, device: torch.device | str) -> PackedGrid:
         """The same grid with its device tensors on ``device``; itself if they are there."""
@@ -426,7 +458,8 @@ class PackedGrid:
         if device == self.geometry.device:
             return self
         # built anew from what the host knows: no device is waited for
-        return PackedGrid(self._sizes, self.spatial_merge_size, self.merge_temporal, device=device)
+        with torch.inference_mode(False):
+            return self._like(self._sizes, self.spatial_merge_size, device)
 
     def validate(self) -> None:
         """Check that all tensors say what the grid was built from. Waits for the device.
