@@ -9,11 +9,11 @@ namespace {
 // A row of `TokenLayout.table`. A learned vector is a map of one row without columns: it is what
 // ends that row.
 struct Part {
-  int64_t begin;                                // in the sequence
+  int64_t begin;                                      // in the sequence
   int64_t first, tile_rows, tile_cols, down, across;  // its tiles of tokens
-  int64_t top, left, height, width;             // what is kept of the map
-  int64_t rows, cols;                           // after resizing
-  int64_t newline;                              // the vector that ends a row, or -1
+  int64_t top, left, height, width;                   // what is kept of the map
+  int64_t rows, cols;                                 // after resizing
+  int64_t newline;                                    // the vector that ends a row, or -1
 
   int64_t row_length() const { return cols + (newline >= 0); }
   bool is_resized() const { return cols > 0 && (rows != height || cols != width); }
@@ -35,18 +35,13 @@ struct Layout {
   const Part* parts;
   const Map* maps;
   int64_t num_parts, num_maps;
-  std::vector<const ResizeMatrix*> rows, cols;  // of each part, if it is resized
+  std::vector<const ResizeMatrix*> rows = {}, cols = {};  // of each part, if it is resized
 };
 
 Layout layout_of(ScalarType dtype, const Tensor& table, const Tensor& maps,
                  ResizeMatrices& matrices) {
-  Layout layout{dtype,
-                (const Part*)table.const_data_ptr<int64_t>(),
-                (const Map*)maps.const_data_ptr<int64_t>(),
-                table.size(0) - 1,
-                maps.size(0) - 1,
-                {},
-                {}};
+  Layout layout{dtype, (const Part*)table.const_data_ptr<int64_t>(),
+                (const Map*)maps.const_data_ptr<int64_t>(), table.size(0) - 1, maps.size(0) - 1};
   for (int64_t i = 0; i < layout.num_parts; ++i) {
     const Part& part = layout.parts[i];
     layout.rows.push_back(part.is_resized() ? matrices.of(part.height, part.rows) : nullptr);
@@ -87,9 +82,9 @@ std::tuple<Tensor, Tensor> assemble(Tensor tokens, std::optional<Tensor> vectors
   ResizeMatrices matrices({ResampleMode::bilinear, false, false}, false);
   const Layout layout = layout_of(tokens.scalar_type(), table, maps, matrices);
   int32_t* label = vectors ? labels.mutable_data_ptr<int32_t>() : nullptr;
+  char* data = (char*)out.mutable_data_ptr();
   parallel_for(num_tokens, from_tokens.num_channels, [&](int64_t begin, int64_t end) {
-    AT_LEVEL(assemble(layout, from_tokens, from_vectors, (char*)out.mutable_data_ptr(), label, begin,
-                      end));
+    AT_LEVEL(assemble(layout, from_tokens, from_vectors, data, label, begin, end));
   });
   return {out, labels};
 }
@@ -102,8 +97,9 @@ std::tuple<Tensor, Tensor> assemble_backward(Tensor grad, Tensor labels, Tensor 
   const Rows from(grad);
   ResizeMatrices matrices({ResampleMode::bilinear, false, false}, true);
   const Layout layout = layout_of(grad.scalar_type(), table, maps, matrices);
+  char* data = (char*)grad_tokens.mutable_data_ptr();
   parallel_for(num_tiles * tile_size, from.num_channels, [&](int64_t begin, int64_t end) {
-    AT_LEVEL(assemble_backward(layout, from, (char*)grad_tokens.mutable_data_ptr(), begin, end));
+    AT_LEVEL(assemble_backward(layout, from, data, begin, end));
   });
   return {grad_tokens, sum_rows(grad, labels, num_vectors)};
 }

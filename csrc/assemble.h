@@ -26,7 +26,8 @@ inline void assemble(const Layout& layout, const Rows& tokens, const Rows& vecto
       };
       if (part.is_resized() && left < right) {
         const auto sink_of = [&](int64_t col) {
-          return [to = (scalar_t*)out_at(col)](int64_t c, Floats v, auto n) { store(to + c, v, n); };
+          scalar_t* to = (scalar_t*)out_at(col);
+          return [to](int64_t c, Floats v, auto n) { store(to + c, v, n); };
         };
         resize_row(*layout.rows[i], row, *layout.cols[i], left, right, source_at, sink_of);
       } else {
@@ -85,9 +86,8 @@ inline void assemble_backward(const Layout& layout, const Rows& grad, char* out,
       };
       if (part.is_resized() && left < right) {
         const auto sink_of = [&](int64_t c) {
-          return [to = (scalar_t*)out_at(start + c)](int64_t i, Floats v, auto n) {
-            store(to + i, v, n);
-          };
+          scalar_t* to = (scalar_t*)out_at(start + c);
+          return [to](int64_t i, Floats v, auto n) { store(to + i, v, n); };
         };
         resize_row(*layout.rows[map.part], row, *layout.cols[map.part], left, right, source_at,
                    sink_of);

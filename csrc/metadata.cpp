@@ -28,7 +28,7 @@ Grids grids_of(const Tensor& grid_thw, int64_t merge,
   for (int64_t i = 0; i < sizes_tensor.size(0); ++i) {
     const Grid g{sizes[3 * i], sizes[3 * i + 1], sizes[3 * i + 2], merges ? each[i] : merge};
     STD_TORCH_CHECK(std::min({g.frames, g.rows, g.cols, g.merge}) >= 1, "a size is below 1");
-    STD_TORCH_CHECK(g.rows % g.merge == 0 && g.cols % g.merge == 0, "a size is not whole in blocks");
+    STD_TORCH_CHECK(g.rows % g.merge == 0 && g.cols % g.merge == 0, "blocks are not whole");
     num_tokens += (double)g.frames * (double)g.rows * (double)g.cols;
     STD_TORCH_CHECK(num_tokens < 2147483648.0, "there are 2**31 tokens or more");
     grids.push_back(g);
@@ -56,35 +56,13 @@ Tensor cu_seqlens_of(const Grids& grids, bool merge_temporal) {
   return cu_seqlens;
 }
 
-// `count` tokens as those right before them, `step` further on one axis.
-template <int kAxes>
-void continue_along(int axis, int64_t step, int64_t count, int64_t* __restrict out) {
-  const int64_t* __restrict before = out - count * kAxes;
-  for (int64_t i = 0; i < count * kAxes; i += kAxes)
-    for (int j = 0; j < kAxes; ++j) out[i + j] = before[i + j] + (j == axis ? step : 0);
-}
-
-// Row and column of the tokens of a grid, or frame, row and column: a block, then all that repeats.
-template <int kAxes>
-int64_t* fill_position_ids(const Grid& g, int64_t* out) {
-  const int row = kAxes - 2, col = kAxes - 1;
-  const int64_t m = g.merge, block = m * m, band = m * g.cols, frame = g.rows * g.cols;
-  for (int64_t i = 0; i < block; ++i) {
-    int64_t* token = out + i * kAxes;
-    token[0] = 0;
-    token[row] = i / m;
-    token[col] = i % m;
-  }
-  for (int64_t i = block; i < band; i += block)
-    continue_along<kAxes>(col, m, block, out + i * kAxes);
-  for (int64_t i = band; i < frame; i += band)
-    continue_along<kAxes>(row, m, band, out + i * kAxes);
-  for (int64_t i = frame; i < g.num_tokens(); i += frame)
-    continue_along<kAxes>(0, kAxes - 2, frame, out + i * kAxes);
-  return out + g.num_tokens() * kAxes;
-}
-
 }  // namespace
+}  // namespace patchpack
+
+#define KERNELS "metadata.h"
+#include "foreach_level.h"
+
+namespace patchpack {
 
 std::tuple<Tensor, Tensor, int64_t, int64_t> packed_grid(Tensor sizes, int64_t merge,
                                                          bool merge_temporal) {
@@ -117,7 +95,8 @@ std::tuple<Tensor, int64_t> merged_grid(Tensor sizes, int64_t merge) {
   return {merged, grids.num_tokens / (merge * merge)};
 }
 
-Tensor vision_cu_seqlens(Tensor grid_thw, bool merge_temporal, std::optional<int64_t> num_segments) {
+Tensor vision_cu_seqlens(Tensor grid_thw, bool merge_temporal,
+                         std::optional<int64_t> num_segments) {
   const Grids grids = grids_of(grid_thw, 1);
   if (!merge_temporal) check_length(num_segments, grids.num_frames);
   return cu_seqlens_of(grids, merge_temporal);
@@ -128,9 +107,7 @@ Tensor vision_position_ids(Tensor grid_thw, int64_t merge, std::optional<Tensor>
   const Grids grids = grids_of(grid_thw, merge, merges);
   check_length(num_tokens, grids.num_tokens);
   const Tensor position_ids = empty({grids.num_tokens, include_temporal ? 3 : 2}, ScalarType::Long);
-  int64_t* out = position_ids.mutable_data_ptr<int64_t>();
-  for (const Grid& g : grids)
-    out = include_temporal ? fill_position_ids<3>(g, out) : fill_position_ids<2>(g, out);
+  AT_LEVEL(fill_position_ids(grids, include_temporal, position_ids.mutable_data_ptr<int64_t>()));
   return position_ids;
 }
 
@@ -158,7 +135,8 @@ std::tuple<Tensor, Tensor> vision_window_index(Tensor grid_thw, int64_t merge, i
     for (int64_t frame = 0; frame < g.frames; ++frame, first += g.rows * g.cols)
       for (int64_t top = 0; top < g.rows; top += side)
         for (int64_t left = 0; left < g.cols; left += side) {
-          const int64_t bottom = std::min(top + side, g.rows), right = std::min(left + side, g.cols);
+          const int64_t bottom = std::min(top + side, g.rows);
+          const int64_t right = std::min(left + side, g.cols);
           for (int64_t row = top; row < bottom; ++row)
             for (int64_t col = left; col < right; ++col) *index++ = first + row * g.cols + col;
           *bound++ = (int32_t)((index - begin) * merge * merge);

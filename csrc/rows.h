@@ -8,8 +8,8 @@ namespace patchpack {
 // Rows are counted on through the batch.
 struct Rows {
   const char* data;
-  int64_t num_channels, num_bytes;                // of a row
-  int64_t rows_in_batch, stride_batch, stride_row;  // in bytes
+  int64_t num_channels, num_bytes;  // of a row
+  int64_t rows_in_batch, stride_batch, stride_row;  // strides in bytes
 
   explicit Rows(const Tensor& x) {
     const int64_t last = x.dim() - 1, size = (int64_t)x.element_size();

@@ -393,7 +393,7 @@ class PackedGrid:
 
     def _make_position_ids(self) -> Tensor:
         m = self.spatial_merge_size
-        if self.geometry.is_cpu:
+        if type(self.geometry) is Tensor and self.geometry.is_cpu:
             found = _dispatch.native("vision_position_ids", self._sizes, m, None, False, None)
             if found is not None:
                 return found
