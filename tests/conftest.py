@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+import patchpack
+
 ROOT = Path(__file__).parents[1]
 
 # patchpack interprets kernels itself; with this set, Triton could no longer compile them
@@ -31,15 +33,24 @@ def pytest_configure():
 @pytest.fixture(scope="module", params=["native", "torch"])
 def with_and_without_extension(request):
     """Runs the tests of a module twice: with the C++ of integers, and with its code in torch."""
-    from patchpack import _dispatch  # here, for what is above comes first
-
-    missing = _dispatch._NOT_INSTALLED["native"]
+    installed = patchpack._dispatch._NOT_INSTALLED
+    missing = installed["native"]
     if request.param == "native" and missing:
         pytest.skip(missing)
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setitem(_dispatch._NOT_INSTALLED, "native", "it is hidden")
+            patch.setitem(installed, "native", "it is hidden")
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """Without the C++ extension, what is parametrised with its ``impl`` is skipped."""
+    if (reason := patchpack.available("rope", "native")) is None:
+        return
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if params and params.get("impl") == "native":
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
