@@ -30,6 +30,19 @@ def pytest_configure():
         )
 
 
+@pytest.fixture(scope="module", params=["native", "torch"])
+def with_and_without_extension(request):
+    """Runs the tests of a module twice: with the C++ of integers, and with its code in torch."""
+    installed = patchpack._dispatch._NOT_INSTALLED
+    missing = installed["native"]
+    if request.param == "native" and missing:
+        pytest.skip(missing)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setitem(installed, "native", "it is hidden")
+        yield
+
+
 def pytest_collection_modifyitems(items):
     """Without the C++ extension, what is parametrised with its ``impl`` is skipped."""
     if (reason := patchpack.available("rope", "native")) is None:

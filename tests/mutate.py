@@ -661,8 +661,8 @@ FAULTS = [
     Fault(
         "packing: a resized clip falls apart into frames",
         "python/patchpack/packing/_grid.py",
-        "return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)",
-        "return PackedGrid(grid_thw, m, device=self.geometry.device)",
+        "_build(sizes, None, spatial_merge_size, self.merge_temporal, device)",
+        "_build(sizes, None, spatial_merge_size, False, device)",
         "tests/test_packing.py",
     ),
     Fault(

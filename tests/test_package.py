@@ -40,7 +40,7 @@ SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/pa
 
 # what a layer may import besides the standard library and itself; the longest name applies
 LAYERS = {
-    "patchpack.packing": "numpy torch",
+    "patchpack.packing": "numpy torch patchpack._dispatch",
     "patchpack.layout": "numpy torch patchpack.packing",
     "patchpack._resampling": "numpy torch",
     "patchpack.reference": "torch patchpack._resampling patchpack.layout patchpack.packing",
@@ -52,7 +52,7 @@ LAYERS = {
     "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack._resampling"
     " patchpack.layout patchpack.packing patchpack.reference",
     "patchpack.video": "av numpy PIL patchpack.packing",
-    "patchpack.metadata": "torch patchpack._check patchpack.packing",
+    "patchpack.metadata": "torch patchpack._check patchpack._dispatch patchpack.packing",
     "patchpack.__init__": "patchpack._dispatch patchpack.layout patchpack.metadata patchpack.ops"
     " patchpack.packing patchpack.reference",
     "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"

@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,25 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
     if reason:
         raise ValueError(f"impl={impl!r} of {op} is not available: {reason}")
     return impl
+
+
+def native(name: str, *args: object) -> Any:
+    """What the C++ operator ``name`` makes of plain CPU tensors, without registered autograd.
+
+    Returns:
+        ``None`` where that is not to be had: without the extension, while ``torch.compile`` looks
+        at the code, for subclasses and other devices, and if C++ refuses the arguments. Code that
+        serves them all then has to do it, or to say what is wrong.
+    """
+    if _NOT_INSTALLED["native"] or torch.compiler.is_compiling():
+        return None
+    for x in args:
+        if isinstance(x, Tensor) and not (type(x) is Tensor and x.is_cpu):
+            return None
+    try:
+        return getattr(torch.ops.patchpack, name).default(*args)
+    except RuntimeError:
+        return None
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
