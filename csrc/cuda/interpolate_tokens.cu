@@ -31,11 +31,13 @@ struct Maps {
   }
 };
 
+// Vectors of a token that a thread makes: they share its coordinates and weights.
+constexpr int kVectors = 4;
+
 // What a kernel is compiled for.
 template <typename V, Mode kMode, bool kAntialias>
 struct Variant {
   using Vector = V;
-  using scalar_t = typename V::Scalar;
   static constexpr Mode mode = kMode;
   static constexpr int kLanes = V::kLanes;
   static constexpr bool kNormalised = kAntialias || kMode == Mode::area;
@@ -52,74 +54,86 @@ struct Arguments {
   void* out;
   void* saved;  // [T', C] where the maximum is, or [T'] what normalises
   Maps maps;
-  int64_t stride, num_channels, num_vectors;
+  int64_t stride, num_vectors, num_threads;  // of a token, in vectors
   bool align_corners;
+
+  HOST_DEVICE bool exists(int64_t first, int v) const {
+    return first + v * num_threads < num_vectors;
+  }
 };
 
-// A thread makes a vector of channels of a token of `out`.
+// A thread makes vectors of a token of `out`.
 template <typename Variant>
 struct Resize : Arguments {
   using V = typename Variant::Vector;
-  using scalar_t = typename Variant::scalar_t;
+  using Ints = Vector<int32_t, V::kLanes>;
   static constexpr int kLanes = Variant::kLanes, kTaps = Variant::kTaps;
+  static constexpr bool kMax = Variant::mode == Mode::max;
 
   HOST_DEVICE void operator()(int64_t thread) const {
-    const int64_t token = thread / num_vectors;
-    const int64_t channel = (thread - token * num_vectors) * kLanes;
+    const int64_t token = thread / num_threads, first = thread - token * num_threads;
     const Spot spot = maps.find(token);
     const int32_t height = spot.other_height, width = spot.other_width;
     const Filter filter = Variant::filter(align_corners);
     const ResampledAxis y_axis = resampled_axis(filter, height, spot.height);
     const ResampledAxis x_axis = resampled_axis(filter, width, spot.width);
     const Taps ys = find_taps(filter, y_axis, spot.row), xs = find_taps(filter, x_axis, spot.col);
-    const scalar_t* frame = (const scalar_t*)x + spot.start * stride + channel;
+    const V* frame = (const V*)x + spot.start * stride + first;
 
-    float sum[kLanes], total = 0.0f;
-    int32_t argmax[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      sum[i] = Variant::mode == Mode::max ? -INFINITY : 0.0f;
-      argmax[i] = cell_to_token((int32_t)ys.first, xs.first, width, maps.other_merge);
-    }
+    float sums[kVectors][kLanes], total = 0.0f;
+    Ints argmax[kVectors];
+    const int32_t first_tap = cell_to_token((int32_t)ys.first, xs.first, width, maps.other_merge);
+    for (int v = 0; v < kVectors; ++v)
+      for (int i = 0; i < kLanes; ++i) {
+        sums[v][i] = kMax ? -INFINITY : 0.0f;
+        argmax[v].lanes[i] = first_tap;
+      }
     for (int32_t ky = 0; ky < (kTaps ? kTaps : ys.count); ++ky) {
       const int32_t row = inside(ys.first + ky, height);
       const float y_weight = weight_at(filter, y_axis, ys.distance + ky * y_axis.unit);
       // many taps: row by row, so that float sums few numbers at a time
-      float row_sum[kLanes] = {}, row_total = 0.0f;
+      float row_sums[kVectors][kLanes] = {}, row_total = 0.0f;
       for (int32_t kx = 0; kx < (kTaps ? kTaps : xs.count); ++kx) {
         const int32_t col = inside(xs.first + kx, width);
         const float x_weight = weight_at(filter, x_axis, xs.distance + kx * x_axis.unit);
+        const float weight = y_weight * x_weight;
         const int32_t tap = cell_to_token(row, col, width, maps.other_merge);
-        float values[kLanes];
-        load_if<V>(x_weight * y_weight != 0.0f, frame + tap * stride, values);
-        if constexpr (Variant::mode == Mode::max) {
-          for (int i = 0; i < kLanes; ++i)  // the first one wins, and NaN wins over numbers
-            if (values[i] > sum[i] || values[i] != values[i]) {
-              sum[i] = values[i];
-              argmax[i] = tap;
+        const V* source = frame + tap * stride;
+        row_total += x_weight;
+        float values[kVectors][kLanes];
+        for (int v = 0; v < kVectors; ++v)
+          load_if(weight != 0.0f && exists(first, v), source + v * num_threads, values[v]);
+        for (int v = 0; v < kVectors; ++v)
+          for (int i = 0; i < kLanes; ++i) {
+            const float value = values[v][i];
+            if constexpr (kMax) {
+              if (value > sums[v][i] || value != value) {  // the first wins, and NaN over numbers
+                sums[v][i] = value;
+                argmax[v].lanes[i] = tap;
+              }
+            } else if constexpr (Variant::kNormalised) {
+              row_sums[v][i] += x_weight * value;
+            } else {
+              sums[v][i] += weight * value;
             }
-        } else if constexpr (Variant::kNormalised) {
-          for (int i = 0; i < kLanes; ++i) row_sum[i] += x_weight * values[i];
-          row_total += x_weight;
-        } else {
-          for (int i = 0; i < kLanes; ++i) sum[i] += y_weight * x_weight * values[i];
-        }
+          }
       }
       if constexpr (Variant::kNormalised) {
-        for (int i = 0; i < kLanes; ++i) sum[i] += y_weight * row_sum[i];
         total += y_weight * row_total;
+        for (int v = 0; v < kVectors; ++v)
+          for (int i = 0; i < kLanes; ++i) sums[v][i] += y_weight * row_sums[v][i];
       }
     }
 
-    if constexpr (Variant::kNormalised) {
-      const float scale = 1.0f / total;
-      for (int i = 0; i < kLanes; ++i) sum[i] *= scale;
-      if (channel == 0) ((float*)saved)[token] = scale;
-    }
-    if constexpr (Variant::mode == Mode::max) {
-      int32_t* where = (int32_t*)saved + token * num_channels + channel;
-      for (int i = 0; i < kLanes; ++i) where[i] = argmax[i];
-    }
-    store<V>((scalar_t*)out + token * num_channels + channel, sum);
+    const float scale = Variant::kNormalised ? 1.0f / total : 1.0f;
+    if (Variant::kNormalised && first == 0) ((float*)saved)[token] = scale;
+    for (int v = 0; v < kVectors; ++v)
+      if (exists(first, v)) {
+        const int64_t place = token * num_vectors + first + v * num_threads;
+        if constexpr (kMax) ((Ints*)saved)[place] = argmax[v];
+        for (int i = 0; i < kLanes; ++i) sums[v][i] *= scale;
+        store((V*)out + place, sums[v]);
+      }
   }
 
   // What lies past a border is the border.
@@ -159,17 +173,16 @@ HOST_DEVICE float weight_in(Filter filter, const ResampledAxis& a, int32_t o, in
   return weight;
 }
 
-// A thread gathers a vector of channels of the gradient of a token of `x`: here `x` is the gradient
-// of the output, and `out` that of the input.
+// A thread gathers vectors of the gradient of a token of `x`: here `x` is the gradient of the
+// output, and `out` that of the input.
 template <typename Variant>
 struct ResizeBackward : Arguments {
   using V = typename Variant::Vector;
-  using scalar_t = typename Variant::scalar_t;
+  using Ints = Vector<int32_t, V::kLanes>;
   static constexpr int kLanes = Variant::kLanes, kTaps = Variant::kTaps;
 
   HOST_DEVICE void operator()(int64_t thread) const {
-    const int64_t token = thread / num_vectors;
-    const int64_t channel = (thread - token * num_vectors) * kLanes;
+    const int64_t token = thread / num_threads, first = thread - token * num_threads;
     const Spot spot = maps.find(token);
     const Filter filter = Variant::filter(align_corners);
     const ResampledAxis y_axis = resampled_axis(filter, spot.height, spot.other_height);
@@ -178,7 +191,7 @@ struct ResizeBackward : Arguments {
     const Readers xs = find_readers(filter, x_axis, spot.col);
 
     // grad_x[i, j] = sum_{o, p} Wh[o, i] Ww[p, j] grad[o, p]
-    float sum[kLanes] = {};
+    float sums[kVectors][kLanes] = {};
     for (int32_t ky = 0; ky < ys.count; ++ky) {
       const int32_t row = ys.first + ky;
       const float y_weight = weight_in<kTaps>(filter, y_axis, row, spot.row,
@@ -192,17 +205,24 @@ struct ResizeBackward : Arguments {
         const int64_t reader =
             spot.start + cell_to_token(row, col, spot.other_width, maps.other_merge);
         if constexpr (Variant::kNormalised) weight *= ((const float*)saved)[reader];
-        float grads[kLanes];
-        load<V>((const scalar_t*)x + reader * stride + channel, grads);
-        if constexpr (Variant::mode == Mode::max) {
-          const int32_t* where = (const int32_t*)saved + reader * num_channels + channel;
-          for (int i = 0; i < kLanes; ++i)
-            if (where[i] != spot.in_frame) grads[i] = 0.0f;
+        const V* source = (const V*)x + reader * stride + first;
+        const Ints* argmax = (const Ints*)saved + reader * num_vectors + first;
+        float grads[kVectors][kLanes];
+        for (int v = 0; v < kVectors; ++v) {
+          load_if(exists(first, v), source + v * num_threads, grads[v]);
+          if constexpr (Variant::mode == Mode::max)
+            if (exists(first, v)) {
+              const Ints from = argmax[v * num_threads];
+              for (int i = 0; i < kLanes; ++i)
+                if (from.lanes[i] != spot.in_frame) grads[v][i] = 0.0f;
+            }
         }
-        for (int i = 0; i < kLanes; ++i) sum[i] += weight * grads[i];
+        for (int v = 0; v < kVectors; ++v)
+          for (int i = 0; i < kLanes; ++i) sums[v][i] += weight * grads[v][i];
       }
     }
-    store<V>((scalar_t*)out + token * num_channels + channel, sum);
+    for (int v = 0; v < kVectors; ++v)
+      if (exists(first, v)) store((V*)out + token * num_vectors + first + v * num_threads, sums[v]);
   }
 };
 
@@ -211,13 +231,15 @@ template <template <typename> typename Kernel>
 void launch(const Tensor& x, Arguments arguments, int64_t num_tokens,
             const std::string& mode, bool antialias) {
   const auto fits = [&](int lanes) {
-    return arguments.num_channels % lanes == 0 && aligned(x, lanes, {x.stride(0)});
+    return x.size(1) % lanes == 0 && aligned(x, lanes, {x.stride(0)});
   };
   with_vector(x.scalar_type(), fits, [&](auto vector) {
     using V = decltype(vector);
-    arguments.num_vectors = arguments.num_channels / V::kLanes;
+    arguments.stride = x.stride(0) / V::kLanes;
+    arguments.num_vectors = x.size(1) / V::kLanes;
+    arguments.num_threads = (arguments.num_vectors + kVectors - 1) / kVectors;
     const auto run = [&](auto variant) {
-      for_each(num_tokens * arguments.num_vectors, x, Kernel<decltype(variant)>{arguments});
+      for_each(num_tokens * arguments.num_threads, x, Kernel<decltype(variant)>{arguments});
     };
     if (mode == "area") return run(Variant<V, Mode::area, false>{});
     if (mode == "max") return run(Variant<V, Mode::max, false>{});
@@ -248,8 +270,8 @@ std::tuple<Tensor, Tensor> interpolate_tokens(Tensor x, Tensor geometry, Tensor 
   const Maps maps{geometry_of(target_geometry), geometry_of(geometry), (int32_t)target_merge,
                   (int32_t)merge};
   launch<Resize>(x,
-                 {x.const_data_ptr(), out.mutable_data_ptr(), saved.mutable_data_ptr(), maps,
-                  x.stride(0), num_channels, 0, align_corners},
+                 {x.const_data_ptr(), out.mutable_data_ptr(), saved.mutable_data_ptr(), maps, 0, 0, 0,
+                  align_corners},
                  num_tokens, mode, antialias);
   return {out, saved};
 }
@@ -265,8 +287,7 @@ Tensor interpolate_tokens_backward(Tensor grad, Tensor saved, Tensor geometry,
                   (int32_t)target_merge};
   launch<ResizeBackward>(grad,
                          {grad.const_data_ptr(), grad_x.mutable_data_ptr(),
-                          saved.mutable_data_ptr(), maps, grad.stride(0), num_channels,
-                          0, align_corners},
+                          saved.mutable_data_ptr(), maps, 0, 0, 0, align_corners},
                          num_tokens, mode, antialias);
   return grad_x;
 }

@@ -20,28 +20,28 @@ struct Place {
 inline constexpr int kMostPairs = 128;  // of a head of 256 channels; beyond, one more launch
 
 // `Places` tells where a token is. A head has items: vectors of pairs, then what passes through.
+// Strides and sizes are counted in vectors.
 template <typename V, bool kInterleaved, typename Places>
 struct Rotate {
   Places places;
   Heads heads[2];  // of q and k
-  int32_t head_dim, num_pairs, num_groups, num_items, first_item;
+  int32_t head_size, num_turning, num_groups, num_items, first_item;
   float sign;
   Frequency frequencies[kMostPairs];  // from `first_item` on
 
-  using scalar_t = typename V::Scalar;
   static constexpr int kLanes = V::kLanes;
 
   HOST_DEVICE void operator()(int64_t thread) const {
     const int64_t token = thread / (num_groups * num_items);
     const int32_t in_token = thread - token * (num_groups * num_items);
-    const int32_t group = in_token / num_items, item = in_token % num_items;
-    const int32_t pair = (first_item + item) * kLanes;
+    const int32_t group = in_token / num_items, in_launch = in_token % num_items;
+    const int32_t item = first_item + in_launch;
 
     float cos[kLanes], sin[kLanes];
-    if (pair < num_pairs) {
+    if (item < num_turning) {
       const Place place = places(token);
       for (int p = 0; p < kLanes; ++p) {
-        const Frequency f = frequencies[item * kLanes + p];
+        const Frequency f = frequencies[in_launch * kLanes + p];
         cos_sin(place.at(f.axis), f.high, f.low, cos[p], sin[p]);
         sin[p] *= sign;
       }
@@ -52,22 +52,22 @@ struct Rotate {
       const bool is_k = head >= heads[0].num_heads;
       const Heads& h = heads[is_k];
       const int64_t in_tensor = head - (is_k ? heads[0].num_heads : 0);
-      const scalar_t* x = (const scalar_t*)h.x + token * h.stride_t + in_tensor * h.stride_h;
-      scalar_t* out = (scalar_t*)h.out + (token * h.num_heads + in_tensor) * head_dim;
-      if (pair < num_pairs)
-        turn(x, out, pair, cos, sin);
+      const V* x = (const V*)h.x + token * h.stride_t + in_tensor * h.stride_h;
+      V* out = (V*)h.out + (token * h.num_heads + in_tensor) * head_size;
+      if (item < num_turning)
+        turn(x, out, item, cos, sin);
       else
-        *(V*)(out + num_pairs + pair) = *(const V*)(x + num_pairs + pair);
+        out[num_turning + item] = x[num_turning + item];
     }
   }
 
-  HOST_DEVICE void turn(const scalar_t* x, scalar_t* out, int32_t pair, const float* cos,
+  HOST_DEVICE void turn(const V* x, V* out, int32_t item, const float* cos,
                         const float* sin) const {
-    const int32_t one = kInterleaved ? 2 * pair : pair;
-    const int32_t other = kInterleaved ? 2 * pair + kLanes : num_pairs + pair;
+    const int32_t one = kInterleaved ? 2 * item : item;
+    const int32_t other = kInterleaved ? 2 * item + 1 : num_turning + item;
     float lanes[2 * kLanes];
-    load<V>(x + one, lanes);
-    load<V>(x + other, lanes + kLanes);
+    load(x + one, lanes);
+    load(x + other, lanes + kLanes);
     for (int p = 0; p < kLanes; ++p) {
       float& a = lanes[kInterleaved ? 2 * p : p];
       float& b = lanes[kInterleaved ? 2 * p + 1 : kLanes + p];
@@ -75,8 +75,8 @@ struct Rotate {
       b = b * cos[p] + a * sin[p];
       a = turned;
     }
-    store<V>(out + one, lanes);
-    store<V>(out + other, lanes + kLanes);
+    store(out + one, lanes);
+    store(out + other, lanes + kLanes);
   }
 };
 
@@ -85,15 +85,9 @@ template <bool kInterleaved, typename Places>
 std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Places& places,
                                   const std::vector<Frequency>& frequencies, bool inverse) {
   const Tensor inputs[] = {last_contiguous(q), last_contiguous(k)};
-  Tensor outputs[] = {q, k};
-  Heads heads[2];
-  for (int i = 0; i < 2; ++i) {
-    const Tensor& x = inputs[i];
-    outputs[i] = new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-    heads[i] = {x.const_data_ptr(), outputs[i].mutable_data_ptr(), x.stride(0), x.stride(1),
-                x.size(1)};
-  }
-  const int32_t head_dim = q.size(2), num_pairs = frequencies.size();
+  const Tensor outputs[] = {new_empty(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type()),
+                            new_empty(k, {k.size(0), k.size(1), k.size(2)}, k.scalar_type())};
+  const int64_t num_tokens = q.size(0), head_dim = q.size(2), num_pairs = frequencies.size();
   const auto fits = [&](int lanes) {
     return head_dim % lanes == 0 && num_pairs % lanes == 0 &&
            std::all_of(inputs, inputs + 2, [&](const Tensor& x) {
@@ -102,21 +96,28 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Places
   };
   with_vector(q.scalar_type(), fits, [&](auto vector) {
     using V = decltype(vector);
+    constexpr int32_t kMostItems = kMostPairs / V::kLanes;
     const int32_t num_items = (head_dim - num_pairs) / V::kLanes;
-    // a small batch has a thread a head; a large one has enough threads with several
-    constexpr int64_t kFullGpu = 1 << 18;
-    const int64_t threads = std::max<int64_t>(1, q.size(0) * num_items);
-    const int64_t num_groups =
-        std::max<int64_t>(1, std::min(q.size(1) + k.size(1), kFullGpu / threads));
-    for (int32_t first = 0; first < num_items; first += kMostPairs / V::kLanes) {
-      const int32_t count = std::min(num_items - first, kMostPairs / V::kLanes);
-      Rotate<V, kInterleaved, Places> body{
-          places, {heads[0], heads[1]}, head_dim, num_pairs, (int32_t)num_groups, count, first,
-          inverse ? -1.0f : 1.0f, {}};
-      const int32_t begin = std::min(first * V::kLanes, num_pairs);
-      std::copy(frequencies.begin() + begin,
-                frequencies.begin() + std::min(begin + kMostPairs, num_pairs), body.frequencies);
-      for_each(q.size(0) * num_groups * count, q, body);
+    // a small batch has a thread a head; a large one fills a GPU with fewer
+    constexpr int64_t kManyThreads = 1 << 18;
+    const int64_t num_groups = std::max<int64_t>(
+        1, std::min(q.size(1) + k.size(1), kManyThreads / std::max<int64_t>(1, num_tokens * num_items)));
+    Rotate<V, kInterleaved, Places> body{places};
+    for (int i = 0; i < 2; ++i) {
+      const Tensor& x = inputs[i];
+      body.heads[i] = {x.const_data_ptr(), outputs[i].mutable_data_ptr(), x.stride(0) / V::kLanes,
+                       x.stride(1) / V::kLanes, x.size(1)};
+    }
+    body.head_size = head_dim / V::kLanes;
+    body.num_turning = num_pairs / V::kLanes;
+    body.num_groups = num_groups;
+    body.sign = inverse ? -1.0f : 1.0f;
+    for (body.first_item = 0; body.first_item < num_items; body.first_item += kMostItems) {
+      body.num_items = std::min(num_items - body.first_item, kMostItems);
+      const int64_t begin = std::min<int64_t>(body.first_item * V::kLanes, num_pairs);
+      const int64_t count = std::min<int64_t>(num_pairs - begin, kMostPairs);
+      std::copy_n(frequencies.begin() + begin, count, body.frequencies);
+      for_each(num_tokens * num_groups * body.num_items, q, body);
     }
   });
   return {outputs[0], outputs[1]};

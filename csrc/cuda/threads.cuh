@@ -47,7 +47,8 @@ void for_each(int64_t count, const Tensor& x, const Body& body) {
 #define PATCHPACK_DEVICE CPU
 #endif
 
-// What a thread reads and writes at once: 16 bytes where alignment allows.
+// What a thread reads and writes at once: 16 bytes where alignment allows. Kernels count offsets and
+// strides in vectors, which tells the compiler that they are aligned.
 template <typename scalar_t, int kSize>
 struct alignas(kSize * sizeof(scalar_t)) Vector {
   using Scalar = scalar_t;
@@ -56,26 +57,26 @@ struct alignas(kSize * sizeof(scalar_t)) Vector {
   scalar_t lanes[kSize];
 };
 
-// Elements from and to `x`, which arithmetic has as float.
+// A vector from and to the floats of arithmetic.
 template <typename V>
-HOST_DEVICE void load(const typename V::Scalar* x, float* lanes) {
-  const V vector = *(const V*)x;
+HOST_DEVICE void load(const V* x, float* lanes) {
+  const V vector = *x;
   for (int i = 0; i < V::kLanes; ++i) lanes[i] = vector.lanes[i];
 }
 
 // The same, or zeros.
 template <typename V>
-HOST_DEVICE void load_if(bool wanted, const typename V::Scalar* x, float* lanes) {
+HOST_DEVICE void load_if(bool wanted, const V* x, float* lanes) {
   V vector{};
-  if (wanted) vector = *(const V*)x;
+  if (wanted) vector = *x;
   for (int i = 0; i < V::kLanes; ++i) lanes[i] = vector.lanes[i];
 }
 
 template <typename V>
-HOST_DEVICE void store(typename V::Scalar* x, const float* lanes) {
+HOST_DEVICE void store(V* x, const float* lanes) {
   V vector;
   for (int i = 0; i < V::kLanes; ++i) vector.lanes[i] = lanes[i];
-  *(V*)x = vector;
+  *x = vector;
 }
 
 // Whether vectors of `lanes` elements can begin at `x` and at all multiples of these strides.
