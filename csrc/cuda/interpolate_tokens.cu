@@ -233,7 +233,7 @@ void launch(const Tensor& x, Arguments arguments, int64_t num_tokens,
   const auto fits = [&](int lanes) {
     return x.size(1) % lanes == 0 && aligned(x, lanes, {x.stride(0)});
   };
-  with_vector(x.scalar_type(), fits, [&](auto vector) {
+  with_vector<false>(x.scalar_type(), fits, [&](auto vector) {
     using V = decltype(vector);
     arguments.stride = x.stride(0) / V::kLanes;
     arguments.num_vectors = x.size(1) / V::kLanes;

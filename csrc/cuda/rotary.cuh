@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Places
              return aligned(x, lanes, {x.stride(0), x.stride(1)});
            });
   };
-  with_vector(q.scalar_type(), fits, [&](auto vector) {
+  with_vector<true>(q.scalar_type(), fits, [&](auto vector) {
     using V = decltype(vector);
     constexpr int32_t kMostItems = kMostPairs / V::kLanes;
     const int32_t num_items = (head_dim - num_pairs) / V::kLanes;

@@ -86,14 +86,15 @@ inline bool aligned(const Tensor& x, int lanes, std::initializer_list<int64_t> s
   return !odd && (uintptr_t)x.const_data_ptr() % bytes == 0;
 }
 
-// `body(vector)` with the widest of a floating `dtype` that `fits(lanes)`.
-template <typename Fits, typename Body>
+// `body(vector)` with the widest of a floating `dtype` that `fits(lanes)`: of 16 bytes, of 8 if
+// `kHalves`, or of one element.
+template <bool kHalves, typename Fits, typename Body>
 void with_vector(ScalarType dtype, const Fits& fits, const Body& body) {
   const auto widest = [&](auto scalar) {
     using scalar_t = decltype(scalar);
     constexpr int kLanes = 16 / sizeof(scalar_t);
     if (fits(kLanes)) return body(Vector<scalar_t, kLanes>{});
-    if constexpr (kLanes > 4)
+    if constexpr (kHalves && kLanes == 8)
       if (fits(4)) return body(Vector<scalar_t, 4>{});
     body(Vector<scalar_t, 1>{});
   };
