@@ -40,8 +40,9 @@ class CudaExtension(Extension):
 
     It is left out, with a line that says why, if ``PATCHPACK_CUDA=0``, if there is no nvcc in
     ``CUDA_HOME`` or on the path, if torch is without CUDA, or if nvcc fails. ``PATCHPACK_CUDA=1``
-    makes each of these an error, but for the third, which loading decides. It holds machine code for
-    ``TORCH_CUDA_ARCH_LIST``, such as ``"8.0;9.0;10.0+PTX"``, and its own CUDA runtime.
+    makes each of these an error but the third: then it compiles, and does not load here. It holds
+    machine code for ``TORCH_CUDA_ARCH_LIST``, such as ``"8.0;9.0;10.0+PTX"``, and its own CUDA
+    runtime.
     """
 
     asked = os.environ.get("PATCHPACK_CUDA", "")

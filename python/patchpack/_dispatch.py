@@ -69,8 +69,11 @@ def available(op: str, impl: str) -> str | None:
 
     Returns:
         ``None`` if it can, otherwise the reason as a sentence. On CPU tensors ``"triton"`` runs in
-        Triton's interpreter: correct, and slow. ``"cuda"``, CUDA C++ compiled ahead, is for machines
-        where Triton cannot compile; few ops have it.
+        Triton's interpreter: correct, and slow. ``"cuda"``, which few ops have, is CUDA C++
+        compiled ahead of time, for machines where Triton cannot compile.
+
+    By default CUDA tensors take ``"triton"`` where Triton is installed, else ``"cuda"``, and CPU
+    tensors ``"native"``; where these are not available, ``"reference"``, which is slow.
 
     Raises:
         ValueError: There is no such op or implementation.
