@@ -7,9 +7,23 @@ CUDA kernel one after the other.
 import sys
 
 import torch
+from torch.nn.functional import pad
 
 from patchpack import _dispatch
-from patchpack.testing.contract import CHECKS, subjects
+from patchpack.testing.contract import CHECKS, Subject, differentiate, subjects
+
+
+def check_unaligned(subject: Subject) -> None:
+    """Views with odd strides, at even and odd addresses, give a contiguous input's bits."""
+    inputs, grads = subject.inputs(), subject.spec.grads
+    want = differentiate(subject, inputs, grads)
+    for before in (0, 1):
+        views = {name: pad(inputs[name], (before, 3))[..., before:-3] for name in grads}
+        for name, x in differentiate(subject, {**inputs, **views}, grads).items():
+            assert torch.equal(x, want[name]), name
+
+
+HERE = {"unaligned inputs": check_unaligned}
 
 
 def main(op: str, library: str, *checks: str) -> int:
@@ -18,9 +32,9 @@ def main(op: str, library: str, *checks: str) -> int:
     _dispatch._UNAVAILABLE[op]["cuda"] = None
     failures = 0
     for check in checks:
-        for subject in subjects(op, check, "cuda"):
+        for subject in subjects(op, "accuracy" if check in HERE else check, "cuda"):
             try:
-                CHECKS[check](subject)
+                (CHECKS | HERE)[check](subject)
             except Exception as error:
                 failures += 1
                 print(f"{check}, {subject.case}, {subject.dtype}: {type(error).__name__}: {error}")
