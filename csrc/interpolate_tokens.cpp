@@ -1,6 +1,5 @@
 // Resizing the feature maps of packed images; the maths is in patchpack.reference.interpolate_tokens.
 #include "resample_tables.h"
-#include "tensor.h"
 
 namespace patchpack {
 namespace {
@@ -13,7 +12,7 @@ struct Resize {
   void* out;
   int64_t num_channels, stride;
   Geometry from, to;
-  int64_t from_merge, to_merge;
+  std::vector<CellTokens> from_cells, to_cells;
   std::vector<const ResizeMatrix*> rows, cols;
 };
 
@@ -25,10 +24,6 @@ struct Resize {
 
 namespace patchpack {
 namespace {
-
-Geometry geometry_of(const Tensor& geometry) {
-  return {geometry.const_data_ptr<int64_t>(), geometry.size(0) - 1};
-}
 
 void set_matrices(Resize& r, ResizeMatrices& matrices, const Geometry& in, const Geometry& out) {
   for (int64_t grid = 0; grid < in.num_grids; ++grid) {
@@ -52,7 +47,9 @@ std::tuple<Tensor, Tensor> interpolate_tokens(Tensor x, Tensor geometry, Tensor 
                            : empty({filter.normalised() ? num_tokens : 0}, ScalarType::Float);
 
   Resize r{x.scalar_type(), x.const_data_ptr(), out.mutable_data_ptr(), num_channels, x.stride(0),
-           geometry_of(geometry), geometry_of(target_geometry), merge, target_merge, {}, {}};
+           geometry_of(geometry), geometry_of(target_geometry), {}, {}, {}, {}};
+  r.from_cells = cell_tokens(r.from, merge);
+  r.to_cells = cell_tokens(r.to, target_merge);
   ResizeMatrices matrices(filter, false);
   set_matrices(r, matrices, r.from, r.to);
   float* scales = filter.normalised() ? saved.mutable_data_ptr<float>() : nullptr;
@@ -75,8 +72,9 @@ Tensor interpolate_tokens_backward(Tensor grad, Tensor saved, Tensor geometry,
   const Tensor grad_x = empty({num_tokens, num_channels}, grad.scalar_type());
 
   Resize r{grad.scalar_type(), grad.const_data_ptr(), grad_x.mutable_data_ptr(), num_channels,
-           grad.stride(0), geometry_of(target_geometry), geometry_of(geometry), target_merge, merge,
-           {}, {}};
+           grad.stride(0), geometry_of(target_geometry), geometry_of(geometry), {}, {}, {}, {}};
+  r.from_cells = cell_tokens(r.from, target_merge);
+  r.to_cells = cell_tokens(r.to, merge);
   ResizeMatrices matrices(filter, true);
   set_matrices(r, matrices, r.to, r.from);
   parallel_for(num_tokens, 4 * num_channels, [&](int64_t begin, int64_t end) {

@@ -13,21 +13,14 @@ struct RowPart {
 
 template <typename Body>
 inline void for_parts(const Resize& r, int64_t begin, int64_t end, const Body& body) {
-  CellTokens from_cell, to_cell;
-  int64_t current = -1;
   const auto width = [&](int64_t grid) { return r.to.width(grid); };
   for_row_parts(r.to, begin, end, width, [&](int64_t grid, int64_t row, int64_t left, int64_t right) {
-    const int64_t from_height = r.from.height(grid), from_width = r.from.width(grid);
-    const int64_t to_height = r.to.height(grid), to_width = r.to.width(grid);
-    if (grid != current) {
-      from_cell.set(from_height, from_width, r.from_merge);
-      to_cell.set(to_height, to_width, r.to_merge);
-      current = grid;
-    }
-    const int64_t frame = row / to_height;
+    const int64_t to_height = r.to.height(grid), frame = row / to_height;
+    const int64_t from_area = r.from.height(grid) * r.from.width(grid);
     body(RowPart{*r.rows[grid], *r.cols[grid], row % to_height, left, right,
-                 r.from.first(grid) + frame * from_height * from_width,
-                 r.to.first(grid) + frame * to_height * to_width, from_cell, to_cell});
+                 r.from.first(grid) + frame * from_area,
+                 r.to.first(grid) + frame * to_height * r.to.width(grid), r.from_cells[grid],
+                 r.to_cells[grid]});
   });
 }
 
@@ -35,20 +28,21 @@ inline void for_parts(const Resize& r, int64_t begin, int64_t end, const Body& b
 inline void resize(const Resize& r, float* scales, int64_t begin, int64_t end) {
   with_scalar(r.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    RowResizer<scalar_t> resize_row(r.num_channels);
+    RowResizer<scalar_t> resize_row(r.num_channels, false);
     for_parts(r, begin, end, [&](const RowPart& p) {
       const scalar_t* x = (const scalar_t*)r.x + p.from_start * r.stride;
       scalar_t* out = (scalar_t*)r.out + p.to_start * r.num_channels;
       const auto source_at = [&](int64_t row, int64_t col) {
         return x + p.from_cell(row, col) * r.stride;
       };
-      const auto sink_of = [&](int64_t col) {
-        scalar_t* to = out + p.to_cell(p.row, col) * r.num_channels;
-        return [to](int64_t c, Floats v, auto n) { store(to + c, v, n); };
+      const auto out_at = [&](int64_t col) {
+        return out + p.to_cell(p.row, col) * r.num_channels;
       };
-      resize_row(p.rows, p.row, p.cols, p.begin, p.end, source_at, sink_of);
-      for (int64_t col = p.begin; scales && col < p.end; ++col)
-        scales[p.to_start + p.to_cell(p.row, col)] = p.rows.scales[p.row] * p.cols.scales[col];
+      const auto done = [&](int64_t col) {
+        if (scales)
+          scales[p.to_start + p.to_cell(p.row, col)] = p.rows.scales[p.row] * p.cols.scales[col];
+      };
+      resize_row(p.rows, p.row, p.cols, p.begin, p.end, source_at, out_at, done);
     });
   });
 }

@@ -18,51 +18,13 @@ inline void for_row_parts(const Geometry& geometry, int64_t begin, int64_t end, 
   }
 }
 
-// `sink(c, sum, n)` of every vector of the sum of `count` weighted sources.
-template <typename scalar_t, typename Count, typename Sink>
-inline void weighted_sum_of(const scalar_t* const* sources, const float* weights, Count count,
-                            int64_t size, const Sink& sink) {
-  constexpr int kWide = 4;
-  int64_t c = 0;
-  for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
-    Floats acc[kWide];
-    for (int v = 0; v < kWide; ++v) acc[v] = weights[0] * load(sources[0] + c + v * kLanes);
-    for (int64_t k = 1; k < count; ++k)
-      for (int v = 0; v < kWide; ++v)
-        acc[v] = fma(splat(weights[k]), load(sources[k] + c + v * kLanes), acc[v]);
-    for (int v = 0; v < kWide; ++v) sink(c + v * kLanes, acc[v], All{});
-  }
-  for_lanes(size - c, [&](int64_t i, auto n) {
-    Floats acc = weights[0] * load(sources[0] + c + i, n);
-    for (int64_t k = 1; k < count; ++k)
-      acc = fma(splat(weights[k]), load(sources[k] + c + i, n), acc);
-    sink(c + i, acc, n);
-  });
-}
-
-template <typename scalar_t, typename Sink>
-inline void weighted_sum(const scalar_t* const* sources, const float* weights, int64_t count,
-                         int64_t size, const Sink& sink) {
-  switch (count) {
-    case 0:
-      return for_lanes(size, [&](int64_t c, auto n) { sink(c, Floats{}, n); });
-    case 1:
-      return weighted_sum_of(sources, weights, std::integral_constant<int, 1>{}, size, sink);
-    case 2:
-      return weighted_sum_of(sources, weights, std::integral_constant<int, 2>{}, size, sink);
-    case 4:
-      return weighted_sum_of(sources, weights, std::integral_constant<int, 4>{}, size, sink);
-    default:
-      return weighted_sum_of(sources, weights, count, size, sink);
-  }
-}
-
 // What one token is the sum of.
 template <typename scalar_t>
 struct Terms {
   std::vector<const scalar_t*> sources;
   std::vector<float> weights;
 
+  int64_t count() const { return (int64_t)sources.size(); }
   void clear() {
     sources.clear();
     weights.clear();
@@ -71,48 +33,97 @@ struct Terms {
     sources.push_back(source);
     weights.push_back(weight);
   }
-  template <typename Sink>
-  void sum(int64_t size, const Sink& sink) const {
-    weighted_sum(sources.data(), weights.data(), (int64_t)sources.size(), size, sink);
-  }
 };
+
+// The sum of `size` channels of `count` terms. Those of `next` are brought nearer meanwhile: the
+// CPU's own prefetcher does not see them coming.
+template <typename scalar_t, typename out_t, typename Count>
+inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<scalar_t>& next,
+                      int64_t size, out_t* out) {
+  constexpr int kWide = 4;  // vectors at a time
+  constexpr int64_t kWideBytes = kWide * kLanes * sizeof(scalar_t);
+  const scalar_t* const* sources = terms.sources.data();
+  const float* weights = terms.weights.data();
+  int64_t c = 0;
+  for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
+    for (const scalar_t* source : next.sources)
+      for (int64_t byte = 0; byte < kWideBytes; byte += 64)
+        __builtin_prefetch((const char*)(source + c) + byte, 0, 2);
+    Floats acc[kWide];
+    for (int v = 0; v < kWide; ++v) acc[v] = weights[0] * load(sources[0] + c + v * kLanes);
+    for (int64_t k = 1; k < count; ++k)
+      for (int v = 0; v < kWide; ++v)
+        acc[v] = fma(splat(weights[k]), load(sources[k] + c + v * kLanes), acc[v]);
+    for (int v = 0; v < kWide; ++v) store(out + c + v * kLanes, acc[v]);
+  }
+  for_lanes(size - c, [&](int64_t i, auto n) {
+    Floats acc = weights[0] * load(sources[0] + c + i, n);
+    for (int64_t k = 1; k < count; ++k)
+      acc = fma(splat(weights[k]), load(sources[k] + c + i, n), acc);
+    store(out + c + i, acc, n);
+  });
+}
+
+template <typename scalar_t, typename out_t>
+inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
+                      out_t* out) {
+  if (terms.count() == 0)
+    for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
+  else if (terms.count() == 4)  // bilinear
+    sum_terms(terms, std::integral_constant<int, 4>{}, next, size, out);
+  else
+    sum_terms(terms, terms.count(), next, size, out);
+}
 
 // Makes parts of rows of resized maps, `num_channels` of each token.
 template <typename scalar_t>
 class RowResizer {
  public:
-  explicit RowResizer(int64_t num_channels) : num_channels_(num_channels) {}
+  // Columns that nothing is summed for get zeros, or are left out.
+  RowResizer(int64_t num_channels, bool skip_empty)
+      : num_channels_(num_channels), skip_empty_(skip_empty) {}
 
-  // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, and
-  // `sink_of(col)` takes the vectors of a column.
-  template <typename SourceAt, typename SinkOf>
+  // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, a column goes to
+  // `out_at(col)`, and then `done(col)` is called.
+  template <typename SourceAt, typename OutAt, typename Done>
   void operator()(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
-                  int64_t end, const SourceAt& source_at, const SinkOf& sink_of) {
+                  int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
     if (rows.longest * cols.longest <= kFew)
-      at_once(rows, row, cols, begin, end, source_at, sink_of);
+      at_once(rows, row, cols, begin, end, source_at, out_at, done);
     else
-      rows_first(rows, row, cols, begin, end, source_at, sink_of);
+      rows_first(rows, row, cols, begin, end, source_at, out_at, done);
   }
 
  private:
   static constexpr int64_t kFew = 9;  // terms of a token, up to which they are summed at once
 
-  template <typename SourceAt, typename SinkOf>
+  template <typename SourceAt, typename OutAt, typename Done>
   void at_once(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
-               int64_t end, const SourceAt& source_at, const SinkOf& sink_of) {
-    for (int64_t col = begin; col < end; ++col) {
-      terms_.clear();
+               int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
+    const auto find_terms = [&](int64_t col) {
+      next_.clear();
+      if (col == end) return;
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
-          terms_.add(source_at(y->index, x->index), y->weight * x->weight);
-      terms_.sum(num_channels_, sink_of(col));
+          next_.add(source_at(y->index, x->index), y->weight * x->weight);
+    };
+    find_terms(begin);
+    for (int64_t col = begin; col < end; ++col) {
+      std::swap(terms_, next_);
+      find_terms(col + 1);
+      if (skip_empty_ && terms_.count() == 0) continue;
+      sum_terms(terms_, next_, num_channels_, out_at(col));
+      done(col);
     }
   }
 
   // Sums rows of the map into one, then columns of that.
-  template <typename SourceAt, typename SinkOf>
+  template <typename SourceAt, typename OutAt, typename Done>
   void rows_first(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
-                  int64_t end, const SourceAt& source_at, const SinkOf& sink_of) {
+                  int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
     const Entry *first = cols.begin(begin), *last = cols.begin(end) - 1;
     const int64_t left = first > last ? 0 : first->index;
     const int64_t width = first > last ? 0 : last->index + 1 - left;
@@ -125,36 +136,23 @@ class RowResizer {
       terms_.clear();
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         terms_.add(source_at(y->index, left + col), y->weight);
-      float* out = summed_.data() + col * num_channels_;
-      terms_.sum(step * num_channels_, [&](int64_t c, Floats v, auto n) { store(out + c, v, n); });
+      sum_terms(terms_, {}, step * num_channels_, summed_.data() + col * num_channels_);
     }
     for (int64_t col = begin; col < end; ++col) {
+      if (skip_empty_ && cols.count(col) == 0) continue;
       summed_terms_.clear();
       for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
         summed_terms_.add(summed_.data() + (x->index - left) * num_channels_, x->weight);
-      summed_terms_.sum(num_channels_, sink_of(col));
+      sum_terms(summed_terms_, {}, num_channels_, out_at(col));
+      done(col);
     }
   }
 
   int64_t num_channels_;
+  bool skip_empty_;
   std::vector<float> summed_;
-  Terms<scalar_t> terms_;
+  Terms<scalar_t> terms_, next_;
   Terms<float> summed_terms_;
-};
-
-// The tokens of a frame's cells, counted from its first.
-class CellTokens {
- public:
-  void set(int64_t height, int64_t width, int64_t merge) {
-    rows_.resize(height);
-    cols_.resize(width);
-    for (int64_t row = 0; row < height; ++row) rows_[row] = cell_to_token(row, 0, width, merge);
-    for (int64_t col = 0; col < width; ++col) cols_[col] = cell_to_token(0, col, width, merge);
-  }
-  int64_t operator()(int64_t row, int64_t col) const { return rows_[row] + cols_[col]; }
-
- private:
-  std::vector<int64_t> rows_, cols_;
 };
 
 }  // namespace patchpack::LEVEL

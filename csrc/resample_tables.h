@@ -10,6 +10,7 @@
 
 #include "grid.h"
 #include "resample.h"
+#include "tensor.h"
 
 namespace patchpack {
 
@@ -19,9 +20,34 @@ inline Filter filter_of(const std::string& mode, bool align_corners, bool antial
   return {(ResampleMode)(name - kNames), align_corners, antialias};
 }
 
+inline Geometry geometry_of(const Tensor& geometry) {
+  return {geometry.const_data_ptr<int64_t>(), geometry.size(0) - 1};
+}
+
 inline int64_t num_frames(const Geometry& geometry, int64_t grid) {
   const int64_t area = geometry.height(grid) * geometry.width(grid);
   return (geometry.first(grid + 1) - geometry.first(grid)) / area;
+}
+
+// The tokens of a frame's cells, counted from its first.
+class CellTokens {
+ public:
+  CellTokens(int64_t height, int64_t width, int64_t merge) : rows_(height), cols_(width) {
+    for (int64_t row = 0; row < height; ++row) rows_[row] = cell_to_token(row, 0, width, merge);
+    for (int64_t col = 0; col < width; ++col) cols_[col] = cell_to_token(0, col, width, merge);
+  }
+  int64_t operator()(int64_t row, int64_t col) const { return rows_[row] + cols_[col]; }
+
+ private:
+  std::vector<int64_t> rows_, cols_;
+};
+
+// Of each grid.
+inline std::vector<CellTokens> cell_tokens(const Geometry& geometry, int64_t merge) {
+  std::vector<CellTokens> cells;
+  for (int64_t grid = 0; grid < geometry.num_grids; ++grid)
+    cells.emplace_back(geometry.height(grid), geometry.width(grid), merge);
+  return cells;
 }
 
 struct Entry {

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,11 +40,15 @@ _OVERLOADS = {"triton": "default", "cuda": "cuda", "native": "native"}
 
 def _reason_not_loaded(extension: str) -> str | None:
     """Import an extension, which gives the overloads of an implementation their kernels."""
-    if importlib.util.find_spec(f"patchpack.{extension}") is None:
+    # an editable installation elsewhere would lend its own to a package that has none
+    here = [str(Path(__file__).parent)]
+    if importlib.machinery.PathFinder.find_spec(f"patchpack.{extension}", here) is None:
         return f"the C++ extension patchpack.{extension} is not part of this installation"
     try:
         importlib.import_module(f"patchpack.{extension}")
-    except ImportError as error:
+        if extension == "_C":  # refuses what PATCHPACK_CPU_CAPABILITY asks for
+            torch.ops.patchpack.cpu_capability("")
+    except (ImportError, RuntimeError) as error:
         return f"the C++ extension patchpack.{extension} does not load: {error}"
     return None
 
