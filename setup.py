@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
+import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 PYTHON = "0x030A0000"  # 3.10, also in bdist_wheel below
 TORCH = "0x020A000000000000"  # 2.10
@@ -42,6 +45,92 @@ def do_without(reason: str) -> None:
     print(f"patchpack is built without C++: {reason}")
 
 
+class CudaExtension(Extension):
+    """The CUDA C++ of csrc/cuda/, for whoever cannot compile with Triton: patchpack._C_cuda.
+
+    It is left out, with a line that says why, if ``PATCHPACK_CUDA=0``, if there is no nvcc in
+    ``CUDA_HOME`` or on the path, if torch is without CUDA, or if nvcc fails. ``PATCHPACK_CUDA=1``
+    makes each of these an error but the third: then it compiles, and does not load here. It holds
+    machine code for ``TORCH_CUDA_ARCH_LIST``, such as ``"8.0;9.0;10.0+PTX"``, and its own CUDA
+    runtime.
+    """
+
+    asked = os.environ.get("PATCHPACK_CUDA", "")
+
+    def __init__(self, torch: Path) -> None:
+        csrc = Path("csrc")
+        super().__init__(
+            "patchpack._C_cuda",
+            sorted(map(str, [*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp")])),
+            depends=sorted(map(str, [*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh")])),
+            py_limited_api=True,
+            optional=self.asked != "1",
+        )
+        self.torch = torch
+
+    @classmethod
+    def nvcc(cls) -> str | None:
+        home = os.environ.get("CUDA_HOME")
+        return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+    @classmethod
+    def reason_not(cls, torch: Path) -> str | None:
+        if cls.asked == "0":
+            return "PATCHPACK_CUDA=0"
+        if cls.nvcc() is None:
+            return "no nvcc in CUDA_HOME or on the path"
+        if cls.asked != "1" and not (torch / "lib/libtorch_cuda.so").exists():
+            return "torch is without CUDA"
+        return None
+
+    def targets(self) -> list[str]:
+        """What nvcc generates: the targets asked for, or those of ours that it knows."""
+        asked = re.split("[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;"))
+        if asked == [""]:
+            known = self.run("--list-gpu-arch")
+            asked = [v for v in ("8.0", "9.0", "10.0") if f"compute_{v.replace('.', '')}" in known]
+            asked[-1] += "+PTX"
+        flags = []
+        for version in asked:
+            number, _, ptx = version.replace(".", "").partition("+")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if ptx:
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+    def run(self, *arguments: str) -> str:
+        done = subprocess.run([self.nvcc(), *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise (CompileError if self.optional else SystemExit)(f"nvcc failed: {done.stderr}")
+        return done.stdout
+
+    def build(self, path: Path, folder: Path) -> None:
+        """Compile the sources side by side in ``folder`` and link them to ``path``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *self.targets()]
+        flags += ["-Xfatbin=-compress-all", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH}"]
+        flags += [
+            f"-DPy_LIMITED_API={PYTHON}",
+            f"-I{self.torch / 'include'}",
+            f"-I{sysconfig.get_path('include')}",
+        ]
+
+        def compile_one(source: str) -> str:
+            target = str(folder / Path(source).with_suffix(".o").name)
+            self.run(*flags, "-c", source, "-o", target)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, self.sources))
+        libraries = [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
+        if (self.torch / "lib/libtorch_cuda.so").exists():
+            libraries.append("-ltorch_cuda")
+        # its own runtime is not that of torch, which may be of another release: keep them apart
+        own = ["-cudart=static", "-Xlinker=--exclude-libs,ALL"]
+        self.run("-shared", *own, *objects, *libraries, "-o", str(path))
+
+
 class BuildExtension(build_ext):
     """Compiles the files side by side; if that fails, what is built is a pure-Python package."""
 
@@ -63,6 +152,9 @@ class BuildExtension(build_ext):
             self.get_finalized_command("bdist_wheel").root_is_pure = True  # its tag
 
     def build_extension(self, ext: Extension) -> None:
+        if isinstance(ext, CudaExtension):
+            ext.build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp))
+            return
         compile_one = self.compiler.compile
 
         def compile_all(sources, **options):
@@ -72,6 +164,16 @@ class BuildExtension(build_ext):
 
         self.compiler.compile = compile_all
         super().build_extension(ext)
+
+
+def cuda_extensions(torch: Path) -> list[Extension]:
+    reason = CudaExtension.reason_not(torch)
+    if reason is None:
+        return [CudaExtension(torch)]
+    if CudaExtension.asked == "1":
+        raise SystemExit(f"patchpack._C_cuda cannot be built: {reason}")
+    print(f"patchpack is built without CUDA C++: {reason}")
+    return []
 
 
 def extensions() -> list[Extension]:
@@ -87,6 +189,7 @@ def extensions() -> list[Extension]:
         do_without(reason)
         return []
     return [
+        *cuda_extensions(torch),
         Extension(
             "patchpack._C",
             sorted(map(str, Path("csrc").glob("*.cpp"))),
@@ -102,7 +205,7 @@ def extensions() -> list[Extension]:
             ],
             depends=sorted(map(str, Path("csrc").glob("*.h"))),
             py_limited_api=True,
-        )
+        ),
     ]
 
 

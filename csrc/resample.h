@@ -23,7 +23,7 @@ struct Filter {
   HOST_DEVICE bool normalised() const { return antialias || mode == ResampleMode::area; }
 
   // Inputs on an axis that every output reads, or 0 where their number depends on the sizes.
-  HOST_DEVICE int64_t num_taps() const {
+  HOST_DEVICE constexpr int64_t num_taps() const {
     if (antialias) return 0;
     if (mode == ResampleMode::nearest) return 1;
     if (mode == ResampleMode::bilinear) return 2;

@@ -180,6 +180,16 @@ def test_triton_on_the_gpu(check, subject):
     CHECKS[check](subject)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("check", "subject"), _subjects("cuda", "cuda") if torch.cuda.is_available() else []
+)
+def test_cuda_on_the_gpu(check, subject):
+    if reason := patchpack.available(subject.op, "cuda"):
+        pytest.skip(reason)
+    CHECKS[check](subject)
+
+
 @pytest.mark.parametrize(
     ("op", "case"), [(op, case) for op, spec in SPECS.items() for case in spec.cases]
 )

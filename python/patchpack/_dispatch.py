@@ -3,8 +3,8 @@
 An op is one ``torch.library`` operator a direction: what ``torch.compile``, ``FakeTensor`` and
 autograd see. It has an overload for each implementation. ``patchpack::<op>`` itself is a Triton
 launcher, run on the GPU for CUDA tensors and by Triton's interpreter for CPU tensors;
-``patchpack::<op>.native`` is C++ of the extension ``_C``. The reference is plain eager code and
-needs no registration.
+``patchpack::<op>.native`` is C++ of the extension ``_C``, ``patchpack::<op>.cuda`` CUDA C++ of
+``_C_cuda``. The reference is plain eager code and needs no registration.
 """
 
 from __future__ import annotations
@@ -20,28 +20,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMPLS = ("triton", "native", "reference")
-RUNS_ON = {"triton": ("cuda", "cpu", "meta"), "native": ("cpu", "meta")}
+IMPLS = ("triton", "cuda", "native", "reference")
+RUNS_ON = {
+    "triton": ("cuda", "cpu", "meta"),
+    "cuda": ("cuda", "meta"),
+    "native": ("cpu", "meta"),
+}
 
+# implementations by default: the first that is available
+_DEFAULTS = {
+    "cuda": ("triton", "cuda"),
+    "meta": ("triton", "cuda", "native", "reference"),
+    "cpu": ("native", "reference"),
+}
 # implementations that extensions register, and for which dispatch key
-_COMPILED = {"native": "CPU"}
+_COMPILED = {"cuda": "CUDA", "native": "CPU"}
 # the overload of an operator that is an implementation
-_OVERLOADS = {"triton": "default", "native": "native"}
+_OVERLOADS = {"triton": "default", "cuda": "cuda", "native": "native"}
 
 
-def _reason_not_native() -> str | None:
-    """Import the C++ extension, which gives the ``native`` overloads their kernels."""
+def _reason_not_loaded(extension: str) -> str | None:
+    """Import an extension, which gives the overloads of an implementation their kernels."""
     # an editable installation elsewhere would lend its own to a package that has none
     here = [str(Path(__file__).parent)]
-    if importlib.machinery.PathFinder.find_spec("patchpack._C", here) is None:
-        return "the C++ extension patchpack._C is not part of this installation"
+    name = f"patchpack.{extension}"
+    if importlib.machinery.PathFinder.find_spec(name, here) is None:
+        return f"the C++ extension {name} is not part of this installation"
     try:
-        importlib.import_module("patchpack._C")
-        torch.ops.patchpack.cpu_capability("")  # refuses what PATCHPACK_CPU_CAPABILITY asks for
+        importlib.import_module(name)
+        if extension == "_C":  # refuses what PATCHPACK_CPU_CAPABILITY asks for
+            torch.ops.patchpack.cpu_capability("")
     except ImportError as error:
-        return f"the extension patchpack._C does not load with torch {torch.__version__}: {error}"
+        return f"the extension {name} does not load with torch {torch.__version__}: {error}"
     except RuntimeError as error:
-        return f"the extension patchpack._C refuses to run: {error}"
+        return f"the extension {name} refuses to run: {error}"
     return None
 
 
@@ -50,7 +62,8 @@ _NOT_INSTALLED = {
     "triton": None
     if importlib.util.find_spec("triton")
     else "Triton is not installed: pip install triton",
-    "native": _reason_not_native(),
+    "cuda": _reason_not_loaded("_C_cuda") if torch.version.cuda else "this torch is without CUDA",
+    "native": _reason_not_loaded("_C"),
     "reference": None,
 }
 # why an implementation of an op cannot run, by op and implementation
@@ -62,11 +75,15 @@ def available(op: str, impl: str) -> str | None:
 
     Args:
         op: Name of a public op, such as ``"rope_2d"``.
-        impl: ``"triton"``, ``"native"`` or ``"reference"``.
+        impl: ``"triton"``, ``"cuda"``, ``"native"`` or ``"reference"``.
 
     Returns:
         ``None`` if it can, otherwise the reason as a sentence. On CPU tensors ``"triton"`` runs in
-        Triton's interpreter: correct, and slow.
+        Triton's interpreter: correct, and slow. ``"cuda"``, which few ops have, is CUDA C++
+        compiled ahead of time, for machines where Triton cannot compile.
+
+    By default CUDA tensors take ``"triton"`` where Triton is installed, else ``"cuda"``, and CPU
+    tensors ``"native"`` where it is built, else ``"reference"``, which is slow.
 
     Raises:
         ValueError: There is no such op or implementation.
@@ -85,8 +102,9 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     device = x.device.type
     if impl is None:
-        cpu = "reference" if _UNAVAILABLE[op]["native"] else "native"
-        impl = {"cuda": "triton", "meta": "triton", "cpu": cpu}.get(device, "reference")
+        choices = _DEFAULTS.get(device, ("reference",))
+        usable = [choice for choice in choices if not _UNAVAILABLE[op][choice]]
+        impl = (usable or choices)[0]
     if impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
     reason = _UNAVAILABLE[op][impl]
@@ -167,7 +185,8 @@ def define(
     _register(schema, "triton", fake, setup_context, backward)
     _LIBRARY.impl(name, launch_cuda, "CUDA")
     _LIBRARY.impl(name, launch_cpu, "CPU")
-    _register(schema.replace(name, f"{name}.native", 1), "native", fake, setup_context, backward)
+    for impl in _COMPILED:
+        _register(schema.replace(name, f"{name}.{impl}", 1), impl, fake, setup_context, backward)
     if not name.endswith("_backward"):
         _UNAVAILABLE[name] = {impl: _reason(name, impl) for impl in IMPLS}
 
@@ -178,7 +197,7 @@ def _reason(op: str, impl: str) -> str | None:
         return _NOT_INSTALLED[impl]
     name, key = f"patchpack::{op}.{impl}", _COMPILED[impl]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-    return None if has_kernel else f"{op} has no {impl} kernel"
+    return None if has_kernel else f"the op has no {impl} kernel"
 
 
 def _register(
