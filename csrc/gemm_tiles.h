@@ -136,14 +136,12 @@ inline void pack_transposed(const Units& units, float* out, int64_t stride) {
     }
 }
 
-// What a product does with C.
-struct Add {};                  // C + A B
+// What C becomes of a product, which is summed up first: short sums err less.
+struct Add {};                   // C + A B
 struct Scale { float factor; };  // factor A B
 
-inline Floats first_sum(Add, const float* c) { return load(c); }
-inline Floats first_sum(Scale, const float*) { return Floats{}; }
-inline Floats result(Add, Floats sum) { return sum; }
-inline Floats result(Scale scale, Floats sum) { return sum * scale.factor; }
+inline Floats result(Add, const float* c, Floats product) { return load(c) + product; }
+inline Floats result(Scale scale, const float*, Floats product) { return product * scale.factor; }
 
 struct Product {
   const float* a;
@@ -159,11 +157,7 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t vector, Epilogu
   const float *a = p.a + row * p.stride_a, *b = p.b + vector * kLanes;
   float* c = p.c + row * p.stride_c + vector * kLanes;
   const int64_t stride_a = p.stride_a, stride_b = p.stride_b, stride_c = p.stride_c;
-  Floats sums[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = first_sum(epilogue, c + i * stride_c + j * kLanes);
+  Floats sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < p.k; ++k, ++a, b += stride_b) {
     Floats columns[kVectors];
 #pragma GCC unroll 8
@@ -179,8 +173,10 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t vector, Epilogu
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j)
-      store(c + i * stride_c + j * kLanes, result(epilogue, sums[i][j]));
+    for (int j = 0; j < kVectors; ++j) {
+      float* x = c + i * stride_c + j * kLanes;
+      store(x, result(epilogue, x, sums[i][j]));
+    }
 }
 
 // Tiles that the registers hold: 32 with AVX-512, otherwise 16.

@@ -189,19 +189,18 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
 
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor /*out*/,
-    Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, double softmax_scale, int64_t left,
+    Tensor /*lse*/, Tensor cu_seqlens_q, Tensor cu_seqlens_k, double softmax_scale, int64_t left,
     int64_t right) {
   q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
   grad_out = last_contiguous(grad_out);
   const Tensor grad_q = empty_of(q), grad_k = empty_of(k), grad_v = empty_of(v);
-  Attention a = attention_of(
+  const Attention a = attention_of(
       q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left, right,
       [&](int64_t begin, int64_t end) { zero_tokens(grad_q, begin, end); },
       [&](int64_t begin, int64_t end) {
         zero_tokens(grad_k, begin, end);
         zero_tokens(grad_v, begin, end);
       });
-  a.lse = (float*)lse.const_data_ptr<float>();
   const Gradients g{heads_of(grad_out),
                     grad_lse ? grad_lse->const_data_ptr<float>() : nullptr,
                     grad_lse ? grad_lse->stride(0) : 0,

@@ -38,6 +38,7 @@ template <typename scalar_t>
 struct Blocks {
   using Operand = OperandOf<scalar_t>;
   static constexpr int64_t kPack = Operand::kPack;
+  static constexpr float kLowest = -3.0e38f;          // finite: infinities are not subtracted
   static constexpr int64_t kUnits = 64;               // of a block of keys
   static constexpr int64_t kBlockK = kUnits * kPack;  // keys
 
@@ -93,6 +94,17 @@ struct Blocks {
     }
   }
 
+  // The largest of `start` and a column of scores.
+  static Floats largest(Floats start, const float* scores, int64_t num_keys) {
+    Floats even = start, odd = start;
+    int64_t r = 0;
+    for (; r + 2 <= num_keys; r += 2) {
+      even = max(even, load(scores + r * kBlockQ));
+      odd = max(odd, load(scores + (r + 1) * kBlockQ));
+    }
+    return max(r < num_keys ? max(even, load(scores + r * kBlockQ)) : even, odd);
+  }
+
   // Channels by queries `[head_dim, kBlockQ]` into rows of `out`; `factor(i)` is that of queries i on.
   template <typename Factor>
   void store_rows(const float* x, int64_t num_queries, scalar_t* out, int64_t stride,
@@ -115,7 +127,7 @@ template <typename scalar_t>
 struct Forward : Blocks<scalar_t> {
   using Base = Blocks<scalar_t>;
   using typename Base::Operand;
-  using Base::a, Base::head_dim, Base::kBlockK, Base::kPack, Base::kUnits, Base::stride_units;
+  using Base::a, Base::head_dim, Base::kBlockK, Base::kLowest, Base::kPack, Base::kUnits, Base::stride_units;
 
   Buffer keys{a.longest_k * stride_units}, values{Base::size_of_channels()};
   Buffer queries{head_dim * kBlockQ}, scores{kBlockK * kBlockQ}, p{kUnits * kBlockQ};
@@ -129,18 +141,11 @@ struct Forward : Blocks<scalar_t> {
     for (int64_t v = 0; v < vectors; ++v) {
       const float* x = scores.data + v * kLanes;
       const Floats old_top = load(top.data + v * kLanes);
-      Floats even = old_top, odd = old_top;
-      int64_t r = 0;
-      for (; r + 2 <= num_keys; r += 2) {
-        even = max(even, load(x + r * kBlockQ));
-        odd = max(odd, load(x + (r + 1) * kBlockQ));
-      }
-      if (r < num_keys) even = max(even, load(x + r * kBlockQ));
-      const Floats new_top = max(even, odd);
+      const Floats new_top = Base::largest(old_top, x, num_keys);
       store(top.data + v * kLanes, new_top);
 
       Floats sum = {};
-      for (r = 0; r < num_keys; r += kPack) {
+      for (int64_t r = 0; r < num_keys; r += kPack) {
         Floats probabilities[kPack] = {};
         for (int64_t i = 0; i < std::min(kPack, num_keys - r); ++i) {
           probabilities[i] = exp(load(x + (r + i) * kBlockQ) - new_top);
@@ -173,7 +178,7 @@ struct Forward : Blocks<scalar_t> {
     const int64_t vectors = (block.size + kLanes - 1) / kLanes;
     const int64_t token = s.begin_q + first_query;
     pack_transposed(Base::along(a.q, head, token, block.size), queries.data, kBlockQ);
-    std::fill_n(top.data, kBlockQ, -3.0e38f);  // finite, so that no infinities are subtracted
+    std::fill_n(top.data, kBlockQ, kLowest);
     std::fill_n(total.data, kBlockQ, 0.0f);
 
     const int64_t begin = block.begin / kBlockK * kBlockK;
@@ -213,7 +218,7 @@ template <typename scalar_t>
 struct Backward : Blocks<scalar_t> {
   using Base = Blocks<scalar_t>;
   using typename Base::Operand;
-  using Base::a, Base::head_dim, Base::kBlockK, Base::kPack, Base::kUnits, Base::stride_units;
+  using Base::a, Base::head_dim, Base::kBlockK, Base::kLowest, Base::kPack, Base::kUnits, Base::stride_units;
 
   const Gradients& g;
   const int64_t stride_d = round_up(head_dim, kLanes);
@@ -227,22 +232,27 @@ struct Backward : Blocks<scalar_t> {
   Buffer query_rows{kBlockQ * stride_d}, grad_rows{kBlockQ * stride_d};
   Buffer p{a.longest_k * kBlockQ}, grad_p{a.longest_k * kBlockQ};
   Buffer grad_q{head_dim * kBlockQ};
-  Buffer lse{kBlockQ}, grad_lse{kBlockQ}, norm{kBlockQ}, delta{kBlockQ};
+  Buffer top{kBlockQ}, grad_lse{kBlockQ}, norm{kBlockQ}, delta{kBlockQ};
   // of it and a block of keys: operands, which floats are as they are
   Buffer p_along{kPack == 1 ? 0 : kBlockK * stride_p}, grad_s_along{kPack == 1 ? 0 : kBlockK * stride_p};
   Buffer grad_s_across{kPack == 1 ? 0 : kUnits * kBlockQ};
 
-  // `p = exp(scores - lse)` in place, and the sums over keys of it and of `p * grad_p`.
+  // `p = exp(scores - top)` in place, and the sums over keys of it and of `p * grad_p`.
   void recompute(int64_t key, int64_t num_keys, int64_t vectors) {
     for (int64_t v = 0; v < vectors; ++v) {
-      const Floats of_query = load(lse.data + v * kLanes);
+      const Floats of_query = load(top.data + v * kLanes);
       Floats sum = load(norm.data + v * kLanes), dot = load(delta.data + v * kLanes);
-      for (int64_t r = key; r < key + num_keys; ++r) {
-        float* x = p.data + r * kBlockQ + v * kLanes;
-        const Floats y = exp(load(x) - of_query);
-        store(x, y);
-        sum += y;
-        dot = fma(y, load(grad_p.data + r * kBlockQ + v * kLanes), dot);
+      for (int64_t begin = key, end; begin < key + num_keys; begin = end) {
+        end = std::min(begin + 16, key + num_keys);
+        Floats part_of_sum = {}, part_of_dot = {};  // short sums err less
+        for (int64_t at = begin * kBlockQ + v * kLanes; at < end * kBlockQ; at += kBlockQ) {
+          const Floats y = exp(load(p.data + at) - of_query);
+          store(p.data + at, y);
+          part_of_sum += y;
+          part_of_dot = fma(y, load(grad_p.data + at), part_of_dot);
+        }
+        sum += part_of_sum;
+        dot += part_of_dot;
       }
       store(norm.data + v * kLanes, sum);
       store(delta.data + v * kLanes, dot);
@@ -288,13 +298,13 @@ struct Backward : Blocks<scalar_t> {
   void differentiate(const Segment& s, int64_t head, int64_t first_query) {
     const QueryBlock block(s, first_query);
     const int64_t vectors = (block.size + kLanes - 1) / kLanes;
-    const int64_t token = s.begin_q + first_query, at = head * a.num_q_tokens + token;
+    const int64_t token = s.begin_q + first_query;
     pack_transposed(Base::along(a.q, head, token, block.size), queries.data, kBlockQ);
     pack_transposed(Base::along(g.out, head, token, block.size), grads.data, kBlockQ);
     pack(Base::across(a.q, head, token, block.size), query_rows.data, stride_d);
     pack(Base::across(g.out, head, token, block.size), grad_rows.data, stride_d);
-    for (float* x : {lse.data, grad_lse.data, norm.data, delta.data}) std::fill_n(x, kBlockQ, 0.0f);
-    std::copy_n(a.lse + at, block.size, lse.data);
+    for (float* x : {grad_lse.data, norm.data, delta.data}) std::fill_n(x, kBlockQ, 0.0f);
+    std::fill_n(top.data, kBlockQ, kLowest);
     for (int64_t i = 0; g.lse && i < block.size; ++i)
       grad_lse.data[i] = g.lse[head * g.lse_stride_h + (token + i) * g.lse_stride_t];
 
@@ -305,11 +315,17 @@ struct Backward : Blocks<scalar_t> {
       Base::multiply_heads(keys.data + key * stride_units, queries.data, scores, num_keys, vectors,
                            a.softmax_scale);
       Base::mask(s, block, key, num_keys, vectors, scores);
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* x = top.data + v * kLanes;
+        store(x, Base::largest(load(x), scores + v * kLanes, num_keys));
+      }
+    }
+    for (int64_t key = begin; key < block.end; key += kBlockK) {
+      const int64_t num_keys = std::min(kBlockK, block.end - key);
       Base::multiply_heads(values.data + key * stride_units, grads.data,
                            grad_p.data + key * kBlockQ, num_keys, vectors, 1.0f);
       recompute(key, num_keys, vectors);
     }
-    // float32 sees that lse was rounded: p must sum to 1, and grad_s to grad_lse
     for (int64_t i = 0; i < kBlockQ; ++i) {
       norm.data[i] = norm.data[i] == 0.0f ? 0.0f : 1.0f / norm.data[i];
       delta.data[i] = delta.data[i] * norm.data[i] - grad_lse.data[i];
