@@ -137,9 +137,11 @@ inline void pack_transposed(const Units& units, float* out, int64_t stride) {
 }
 
 // What C becomes of a product, which is summed up first: short sums err less.
+struct Assign {};                // A B
 struct Add {};                   // C + A B
 struct Scale { float factor; };  // factor A B
 
+inline Floats result(Assign, const float*, Floats product) { return product; }
 inline Floats result(Add, const float* c, Floats product) { return load(c) + product; }
 inline Floats result(Scale scale, const float*, Floats product) { return product * scale.factor; }
 

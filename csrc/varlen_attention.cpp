@@ -7,6 +7,7 @@ namespace patchpack {
 namespace {
 
 constexpr int64_t kBlockQ = 64;  // queries
+constexpr double kLog2 = 0.693147180559945309;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -60,7 +61,7 @@ struct Attention {
   void* out;   // [Tq, H, D]
   float* lse;  // [H, Tq]
   int64_t num_q_tokens, num_heads, group, head_dim;
-  float softmax_scale;
+  float softmax_scale, score_scale;  // the latter with powers of 2
   std::vector<Segment> segments;
   int64_t longest_k, cost;
 };
@@ -130,7 +131,7 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
                        double softmax_scale, int64_t left, int64_t right, const Skip& skip,
                        const SkipKeys& skip_keys) {
   Attention a{q.scalar_type(), heads_of(q), heads_of(k), heads_of(v), nullptr, nullptr,
-              q.size(0), q.size(1), q.size(1) / k.size(1), q.size(2), (float)softmax_scale,
+              q.size(0), q.size(1), q.size(1) / k.size(1), q.size(2), (float)softmax_scale, (float)(softmax_scale / kLog2),
               {}, 0, 0};
   const int64_t unlimited = int64_t{1} << 40;
   left = left < 0 ? unlimited : std::min(left, unlimited);

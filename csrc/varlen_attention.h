@@ -7,29 +7,27 @@
 namespace patchpack::LEVEL {
 namespace {
 
-// Accurate to an ulp; 0 below -104, and at -inf.
-inline Floats exp(Floats x) {
+// `2**x`, accurate to an ulp: 0 at -inf, and where it would be subnormal without AVX-512.
+inline Floats exp2(Floats x) {
+  // 2**x = 2**r * 2**(x - r), 0 <= r <= 1
 #if defined(LEVEL_HAS_AVX512)
-  x = (Floats)_mm512_max_ps((__m512)splat(-104.0f), (__m512)x);  // NaN stays
-  const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+  const Floats r = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 at -inf
 #else
-  const auto zero = x < -87.0f;
-  x = zero ? splat(-87.0f) : x > 88.0f ? splat(88.0f) : x;
-  const Floats magic = splat(12582912.0f), shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const auto zero = x < -126.0f;
+  x = zero ? splat(-126.0f) : x > 127.0f ? splat(127.0f) : x;
+  const Floats magic = splat(12582912.0f), shifted = (x - 0.5f) + magic, r = x - (shifted - magic);
 #endif
-  // 2**r = 1 + r q(r), |r| <= 1/2
-  const Floats r = fma(x, splat(1.92596300e-8f), fma(x, splat(1.44269504f), -n));
-  Floats q = fma(r, splat(1.535336196e-4f), splat(1.339887385e-3f));
-  q = fma(q, r, splat(9.618436918e-3f));
-  q = fma(q, r, splat(5.550332367e-2f));
-  q = fma(q, r, splat(2.402264774e-1f));
-  q = fma(q, r, splat(6.931471825e-1f));
-  q = fma(q, r, splat(1.0f));
+  Floats y = fma(r, splat(2.161291486e-4f), splat(1.246784697e-3f));
+  y = fma(y, r, splat(9.675451554e-3f));
+  y = fma(y, r, splat(5.548528209e-2f));
+  y = fma(y, r, splat(2.402293086e-1f));
+  y = fma(y, r, splat(6.931470633e-1f));
+  y = fma(y, r, splat(1.0f));
 #if defined(LEVEL_HAS_AVX512)
-  return (Floats)_mm512_scalef_ps((__m512)q, (__m512)n);
+  return (Floats)_mm512_scalef_ps((__m512)y, (__m512)x);
 #else
   const Floats power = (Floats)(((Ints)shifted << 23) + (127 << 23));
-  return zero ? Floats{} : q * power;
+  return zero ? Floats{} : y * power;
 #endif
 }
 
@@ -70,11 +68,12 @@ struct Blocks {
   float* channels_of(float* out, int64_t key) const { return out + key / kBlockK * head_dim * kUnits; }
   int64_t size_of_channels() const { return round_up(a.longest_k, kBlockK) / kPack * head_dim; }
 
-  // `c[key, query] = factor * rows[key] . columns[query]`
+  // `c[key, query]` from `rows[key] . columns[query]`
+  template <typename Epilogue>
   void multiply_heads(const float* rows, const float* columns, float* c, int64_t num_keys,
-                      int64_t vectors, float factor) const {
+                      int64_t vectors, Epilogue epilogue) const {
     multiply<Operand>({rows, columns, c, stride_units, kBlockQ, kBlockQ, num_keys, vectors, units},
-                      Scale{factor});
+                      epilogue);
   }
 
   // Scores of keys that queries do not see become -inf.
@@ -136,19 +135,20 @@ struct Forward : Blocks<scalar_t> {
   const Segment* packed_segment = nullptr;
   int64_t packed_head = 0;
 
-  // Probabilities `exp(scores - top)` of a block as an operand, and what they change.
+  // Probabilities `2**(scale * scores - top)` of a block as an operand, and what they change.
   void softmax(int64_t num_keys, int64_t vectors, bool first) {
     for (int64_t v = 0; v < vectors; ++v) {
       const float* x = scores.data + v * kLanes;
       const Floats old_top = load(top.data + v * kLanes);
-      const Floats new_top = Base::largest(old_top, x, num_keys);
+      const Floats largest = Base::largest(splat(-INFINITY), x, num_keys);
+      const Floats new_top = max(old_top, largest * a.score_scale);
       store(top.data + v * kLanes, new_top);
 
       Floats sum = {};
       for (int64_t r = 0; r < num_keys; r += kPack) {
         Floats probabilities[kPack] = {};
         for (int64_t i = 0; i < std::min(kPack, num_keys - r); ++i) {
-          probabilities[i] = exp(load(x + (r + i) * kBlockQ) - new_top);
+          probabilities[i] = exp2(fma(load(x + (r + i) * kBlockQ), splat(a.score_scale), -new_top));
           sum += probabilities[i];
         }
         Operand::store_across(p.data + r / kPack * kBlockQ, v, probabilities);
@@ -156,7 +156,7 @@ struct Forward : Blocks<scalar_t> {
 
       float* sums = total.data + v * kLanes;
       if (!first && std::memcmp(&old_top, &new_top, sizeof new_top)) {
-        const Floats shrink = exp(old_top - new_top);
+        const Floats shrink = exp2(old_top - new_top);
         store(sums, load(sums) * shrink);
         for (int64_t d = 0; d < head_dim; ++d) {
           float* y = acc.data + d * kBlockQ + v * kLanes;
@@ -185,19 +185,19 @@ struct Forward : Blocks<scalar_t> {
     for (int64_t key = begin; key < block.end; key += kBlockK) {
       const int64_t num_keys = std::min(kBlockK, block.end - key);
       Base::multiply_heads(keys.data + key * stride_units, queries.data, scores.data, num_keys,
-                           vectors, a.softmax_scale);
+                           vectors, Assign{});
       Base::mask(s, block, key, num_keys, vectors, scores.data);
       softmax(num_keys, vectors, key == begin);
       const Product product{Base::channels_of(values.data, key), p.data, acc.data, kUnits, kBlockQ,
                             kBlockQ, head_dim, vectors, (num_keys + kPack - 1) / kPack};
       if (key == begin)
-        multiply<Operand>(product, Scale{1.0f});
+        multiply<Operand>(product, Assign{});
       else
         multiply<Operand>(product, Add{});
     }
 
     for (int64_t i = 0; i < block.size; ++i)
-      a.lse[head * a.num_q_tokens + token + i] = top.data[i] + std::log(total.data[i]);
+      a.lse[head * a.num_q_tokens + token + i] = (float)(top.data[i] * kLog2 + std::log(total.data[i]));
     const int64_t stride = a.num_heads * head_dim;
     Base::store_rows(acc.data, block.size, (scalar_t*)a.out + token * stride + head * head_dim, stride,
                      [&](int64_t i) { return 1.0f / load(total.data + i); });
@@ -237,7 +237,7 @@ struct Backward : Blocks<scalar_t> {
   Buffer p_along{kPack == 1 ? 0 : kBlockK * stride_p}, grad_s_along{kPack == 1 ? 0 : kBlockK * stride_p};
   Buffer grad_s_across{kPack == 1 ? 0 : kUnits * kBlockQ};
 
-  // `p = exp(scores - top)` in place, and the sums over keys of it and of `p * grad_p`.
+  // `p = 2**(scores - top)` in place, and the sums over keys of it and of `p * grad_p`.
   void recompute(int64_t key, int64_t num_keys, int64_t vectors) {
     for (int64_t v = 0; v < vectors; ++v) {
       const Floats of_query = load(top.data + v * kLanes);
@@ -246,7 +246,7 @@ struct Backward : Blocks<scalar_t> {
         end = std::min(begin + 16, key + num_keys);
         Floats part_of_sum = {}, part_of_dot = {};  // short sums err less
         for (int64_t at = begin * kBlockQ + v * kLanes; at < end * kBlockQ; at += kBlockQ) {
-          const Floats y = exp(load(p.data + at) - of_query);
+          const Floats y = exp2(load(p.data + at) - of_query);
           store(p.data + at, y);
           part_of_sum += y;
           part_of_dot = fma(y, load(grad_p.data + at), part_of_dot);
@@ -290,7 +290,7 @@ struct Backward : Blocks<scalar_t> {
     const Product product{Base::channels_of(key_channels.data, key), s_columns, grad_q.data, kUnits,
                           kBlockQ, kBlockQ, head_dim, vectors, of_keys};
     if (first)
-      multiply<Operand>(product, Scale{1.0f});
+      multiply<Operand>(product, Assign{});
     else
       multiply<Operand>(product, Add{});
   }
@@ -313,7 +313,7 @@ struct Backward : Blocks<scalar_t> {
       const int64_t num_keys = std::min(kBlockK, block.end - key);
       float* scores = p.data + key * kBlockQ;
       Base::multiply_heads(keys.data + key * stride_units, queries.data, scores, num_keys, vectors,
-                           a.softmax_scale);
+                           Scale{a.score_scale});
       Base::mask(s, block, key, num_keys, vectors, scores);
       for (int64_t v = 0; v < vectors; ++v) {
         float* x = top.data + v * kLanes;
@@ -323,7 +323,7 @@ struct Backward : Blocks<scalar_t> {
     for (int64_t key = begin; key < block.end; key += kBlockK) {
       const int64_t num_keys = std::min(kBlockK, block.end - key);
       Base::multiply_heads(values.data + key * stride_units, grads.data,
-                           grad_p.data + key * kBlockQ, num_keys, vectors, 1.0f);
+                           grad_p.data + key * kBlockQ, num_keys, vectors, Assign{});
       recompute(key, num_keys, vectors);
     }
     for (int64_t i = 0; i < kBlockQ; ++i) {
