@@ -93,6 +93,14 @@ struct Blocks {
     }
   }
 
+  // `body(r, n)` for every `n = kPack` of rows from `r` on, and for the one that is left.
+  template <typename Body>
+  static void for_packs(int64_t num_rows, const Body& body) {
+    int64_t r = 0;
+    for (; r + kPack <= num_rows; r += kPack) body(r, std::integral_constant<int, kPack>{});
+    if (r < num_rows) body(r, std::integral_constant<int, 1>{});
+  }
+
   // The largest of `start` and a column of scores.
   static Floats largest(Floats start, const float* scores, int64_t num_keys) {
     Floats even = start, odd = start;
@@ -145,14 +153,15 @@ struct Forward : Blocks<scalar_t> {
       store(top.data + v * kLanes, new_top);
 
       Floats sum = {};
-      for (int64_t r = 0; r < num_keys; r += kPack) {
+      const Floats scale = splat(a.score_scale);
+      Base::for_packs(num_keys, [&](int64_t r, auto n) {
         Floats probabilities[kPack] = {};
-        for (int64_t i = 0; i < std::min(kPack, num_keys - r); ++i) {
-          probabilities[i] = exp2(fma(load(x + (r + i) * kBlockQ), splat(a.score_scale), -new_top));
+        for (int i = 0; i < n; ++i) {
+          probabilities[i] = exp2(fma(load(x + (r + i) * kBlockQ), scale, -new_top));
           sum += probabilities[i];
         }
         Operand::store_across(p.data + r / kPack * kBlockQ, v, probabilities);
-      }
+      });
 
       float* sums = total.data + v * kLanes;
       if (!first && std::memcmp(&old_top, &new_top, sizeof new_top)) {
@@ -266,18 +275,20 @@ struct Backward : Blocks<scalar_t> {
     float* p_rows = kPack == 1 ? p_block : p_along.data;
     float* s_rows = kPack == 1 ? grad_block : grad_s_along.data;
     float* s_columns = kPack == 1 ? grad_block : grad_s_across.data;
-    for (int64_t r = 0; r < num_keys; r += kPack)
-      for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Floats by = load(norm.data + v * kLanes), mean = load(delta.data + v * kLanes);
+      Base::for_packs(num_keys, [&](int64_t r, auto n) {
         Floats grad_s[kPack] = {};
-        for (int64_t i = r; i < std::min(r + kPack, num_keys); ++i) {
-          const int64_t at = i * kBlockQ + v * kLanes;
-          const Floats y = load(p_block + at) * load(norm.data + v * kLanes);
-          grad_s[i - r] = y * (load(grad_block + at) - load(delta.data + v * kLanes));
-          Operand::store_along(p_rows + i * stride_p, v, y);
-          Operand::store_along(s_rows + i * stride_p, v, grad_s[i - r]);
+        for (int i = 0; i < n; ++i) {
+          const int64_t at = (r + i) * kBlockQ + v * kLanes;
+          const Floats y = load(p_block + at) * by;
+          grad_s[i] = y * (load(grad_block + at) - mean);
+          Operand::store_along(p_rows + (r + i) * stride_p, v, y);
+          Operand::store_along(s_rows + (r + i) * stride_p, v, grad_s[i]);
         }
         Operand::store_across(s_columns + r / kPack * kBlockQ, v, grad_s);
-      }
+      });
+    }
 
     const int64_t of_queries = (block.size + kPack - 1) / kPack;
     const int64_t of_keys = (num_keys + kPack - 1) / kPack;
