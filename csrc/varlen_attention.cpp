@@ -1,0 +1,222 @@
+// Attention of packed segments; the maths is in patchpack.reference.varlen_attention.
+#include <cmath>
+
+#include "tensor.h"
+
+namespace patchpack {
+namespace {
+
+constexpr int64_t kBlockQ = 64;  // queries
+constexpr double kLog2 = 0.693147180559945309;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Memory of floats on a cache line of its own.
+struct Buffer {
+  std::vector<float> memory;
+  float* data;
+
+  explicit Buffer(int64_t size) : memory(size + 15) {
+    const auto address = (uintptr_t)memory.data();
+    data = memory.data() + (round_up((int64_t)address, 64) - (int64_t)address) / sizeof(float);
+  }
+};
+
+// The heads `[T, H, D]` of a tensor.
+struct Heads {
+  const void* x;
+  int64_t stride_t, stride_h;
+};
+
+// Keys of a segment and the queries that see any of them. Query `i` stands at key `i + shift` and
+// sees `left` keys before and `right` after it.
+struct Segment {
+  int64_t begin_q, len_q, begin_k, len_k;
+  int64_t shift, left, right;
+  int64_t cost;  // of a head
+
+  int64_t first_key(int64_t query) const { return std::max<int64_t>(0, query + shift - left); }
+  int64_t end_key(int64_t query) const { return std::min(len_k, query + shift + right + 1); }
+  int64_t first_query(int64_t key) const { return key - shift - right; }
+  int64_t end_query(int64_t key) const { return key - shift + left + 1; }
+};
+
+// Queries of a block, the keys that any of them sees, and those that all see.
+struct QueryBlock {
+  int64_t first, size, begin, end, full_begin, full_end;
+
+  QueryBlock(const Segment& s, int64_t first_query)
+      : first(first_query), size(std::min(kBlockQ, s.len_q - first_query)),
+        begin(s.first_key(first)), end(s.end_key(first + size - 1)),
+        full_begin(s.first_key(first + size - 1)), full_end(s.end_key(first)) {}
+
+  int64_t cost() const { return 16 + end - begin; }
+};
+
+struct Attention {
+  ScalarType dtype;
+  Heads q, k, v;
+  void* out;   // [Tq, H, D]
+  float* lse;  // [H, Tq]
+  int64_t num_q_tokens, num_heads, group, head_dim;
+  float softmax_scale, score_scale;  // the latter with powers of 2
+  std::vector<Segment> segments;
+  int64_t longest_k, cost;
+};
+
+struct Gradients {
+  Heads out;
+  const float* lse;  // or null
+  int64_t lse_stride_h, lse_stride_t;
+  void *q, *k, *v;
+};
+
+// `body(segment, head, first_query)` for the blocks of queries whose costs begin in `[begin, end)`.
+template <typename Body>
+void for_blocks(const Attention& a, int64_t begin, int64_t end, const Body& body) {
+  int64_t cost = 0;
+  for (const Segment& s : a.segments)
+    for (int64_t head = 0; head < a.num_heads; ++head) {
+      if (cost >= end) return;
+      if (cost + s.cost <= begin) {
+        cost += s.cost;
+        continue;
+      }
+      for (int64_t first = 0; first < s.len_q; first += kBlockQ) {
+        if (begin <= cost && cost < end) body(s, head, first);
+        cost += QueryBlock(s, first).cost();
+      }
+    }
+}
+
+// `body(segment, head_k)` for the heads of keys whose costs begin in `[begin, end)`.
+template <typename Body>
+void for_heads(const Attention& a, int64_t begin, int64_t end, const Body& body) {
+  int64_t cost = 0;
+  for (const Segment& s : a.segments)
+    for (int64_t head = 0; head < a.num_heads; head += a.group, cost += s.cost * a.group)
+      if (begin <= cost && cost < end) body(s, head / a.group);
+}
+
+}  // namespace
+}  // namespace patchpack
+
+#define KERNELS_USE_BF16
+#define KERNELS "varlen_attention.h"
+#include "foreach_level.h"
+
+namespace patchpack {
+namespace {
+
+// Where segments begin and end: within the tokens and in order, whatever `cu_seqlens` holds.
+std::vector<int64_t> bounds_of(const Tensor& cu_seqlens, int64_t num_tokens) {
+  const int32_t* values = cu_seqlens.const_data_ptr<int32_t>();
+  std::vector<int64_t> bounds{0};
+  for (int64_t i = 1; i < cu_seqlens.size(0); ++i) {
+    const int64_t bound = values[i * cu_seqlens.stride(0)];
+    bounds.push_back(std::clamp(bound, bounds.back(), num_tokens));
+  }
+  return bounds;
+}
+
+Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
+
+// The problem, but for `out` and `lse`. `skip(begin, end)` is told of queries that see no key, and
+// `skip_keys(begin, end)` of keys that no query may see.
+template <typename Skip, typename SkipKeys>
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                       double softmax_scale, int64_t left, int64_t right, const Skip& skip,
+                       const SkipKeys& skip_keys) {
+  Attention a{q.scalar_type(), heads_of(q), heads_of(k), heads_of(v), nullptr, nullptr,
+              q.size(0), q.size(1), q.size(1) / k.size(1), q.size(2), (float)softmax_scale, (float)(softmax_scale / kLog2),
+              {}, 0, 0};
+  const int64_t unlimited = int64_t{1} << 40;
+  left = left < 0 ? unlimited : std::min(left, unlimited);
+  right = right < 0 ? unlimited : std::min(right, unlimited);
+  const std::vector<int64_t> bounds_q = bounds_of(cu_seqlens_q, q.size(0));
+  const std::vector<int64_t> bounds_k = bounds_of(cu_seqlens_k, k.size(0));
+  for (size_t i = 0; i + 1 < bounds_q.size(); ++i) {
+    const int64_t begin_q = bounds_q[i], len_q = bounds_q[i + 1] - begin_q;
+    const int64_t begin_k = bounds_k[i], len_k = bounds_k[i + 1] - begin_k;
+    const int64_t shift = len_k - len_q;
+    const int64_t first = len_k ? std::clamp<int64_t>(-shift - right, 0, len_q) : len_q;
+    const int64_t end = std::clamp(len_k - shift + left, first, len_q);
+    skip(begin_q, begin_q + first);
+    skip(begin_q + end, begin_q + len_q);
+    Segment s{begin_q + first, end - first, begin_k, len_k, shift + first, left, right, 0};
+    for (int64_t query = 0; query < s.len_q; query += kBlockQ) s.cost += QueryBlock(s, query).cost();
+    a.longest_k = std::max(a.longest_k, len_k);
+    a.cost += s.cost * a.num_heads;
+    if (s.cost * a.num_heads == 0)
+      skip_keys(begin_k, begin_k + len_k);
+    else
+      a.segments.push_back(s);
+  }
+  skip(bounds_q.back(), q.size(0));
+  skip_keys(bounds_k.back(), k.size(0));
+  return a;
+}
+
+// Zeros tokens `[begin, end)` of a contiguous tensor.
+void zero_tokens(const Tensor& x, int64_t begin, int64_t end) {
+  const int64_t size = x.size(1) * x.size(2) * (x.scalar_type() == ScalarType::Float ? 4 : 2);
+  if (begin < end) std::memset((char*)x.mutable_data_ptr() + begin * size, 0, (end - begin) * size);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
+                                            Tensor cu_seqlens_k, double softmax_scale, int64_t left,
+                                            int64_t right) {
+  q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
+  const Tensor out = empty_of(q), lse = empty({q.size(1), q.size(0)}, ScalarType::Float);
+  float* lse_data = lse.mutable_data_ptr<float>();
+  Attention a = attention_of(
+      q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left, right,
+      [&](int64_t begin, int64_t end) {
+        zero_tokens(out, begin, end);
+        for (int64_t head = 0; head < q.size(1); ++head)
+          std::fill(lse_data + head * q.size(0) + begin, lse_data + head * q.size(0) + end, -INFINITY);
+      },
+      [](int64_t, int64_t) {});
+  a.out = out.mutable_data_ptr(), a.lse = lse_data;
+  parallel_for(a.cost, a.head_dim,
+               [&](int64_t begin, int64_t end) { AT_LEVEL(attend(a, begin, end)); });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor /*out*/,
+    Tensor /*lse*/, Tensor cu_seqlens_q, Tensor cu_seqlens_k, double softmax_scale, int64_t left,
+    int64_t right) {
+  q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
+  grad_out = last_contiguous(grad_out);
+  const Tensor grad_q = empty_of(q), grad_k = empty_of(k), grad_v = empty_of(v);
+  const Attention a = attention_of(
+      q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left, right,
+      [&](int64_t begin, int64_t end) { zero_tokens(grad_q, begin, end); },
+      [&](int64_t begin, int64_t end) {
+        zero_tokens(grad_k, begin, end);
+        zero_tokens(grad_v, begin, end);
+      });
+  const Gradients g{heads_of(grad_out),
+                    grad_lse ? grad_lse->const_data_ptr<float>() : nullptr,
+                    grad_lse ? grad_lse->stride(0) : 0,
+                    grad_lse ? grad_lse->stride(1) : 0,
+                    grad_q.mutable_data_ptr(),
+                    grad_k.mutable_data_ptr(),
+                    grad_v.mutable_data_ptr()};
+  parallel_for(a.cost, a.head_dim,
+               [&](int64_t begin, int64_t end) { AT_LEVEL(attend_backward(a, g, begin, end)); });
+  return {grad_q, grad_k, grad_v};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {
+  library.impl("varlen_attention.native", TORCH_BOX(&varlen_attention));
+  library.impl("varlen_attention_backward.native", TORCH_BOX(&varlen_attention_backward));
+}
+
+}  // namespace patchpack
