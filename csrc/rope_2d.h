@@ -20,18 +20,19 @@ inline void fill_angles(const AngleTable& t, int64_t begin, int64_t end) {
 
 inline void rope_2d(const Rotation& r, const Geometry& geometry, const AngleTable& table,
                     int64_t merge, int64_t begin, int64_t end) {
-  std::vector<float> buffer(2 * r.num_pairs);
-  float *cos = buffer.data(), *sin = cos + r.num_pairs;
   int64_t grid = geometry.find(begin);
-  rotate_tokens(r, begin, end, [&](int64_t token) {
+  rotate_tokens(r, begin, end, [&](int64_t token, float* cos, float* sin) {
     while (token >= geometry.first(grid + 1)) ++grid;
     const int64_t width = geometry.width(grid);
     const int64_t in_frame = (token - geometry.first(grid)) % (geometry.height(grid) * width);
     const Cell cell = token_to_cell(in_frame, width, merge);
     const float *row = table.cos(0, cell.row), *col = table.cos(1, cell.col);
-    // a pair's angle is of one axis: the other table has zeros there
-    for (int64_t i = 0; i < 2 * r.num_pairs; ++i) buffer[i] = row[i] + col[i];
-    return std::pair(cos, sin);
+    const float *row_sin = table.sin(0, cell.row), *col_sin = table.sin(1, cell.col);
+    for (int64_t i = 0; i < r.num_pairs; ++i) {
+      // a pair's angle is of one axis: the other table has zeros there
+      cos[i] = row[i] + col[i];
+      sin[i] = row_sin[i] + col_sin[i];
+    }
   });
 }
 

@@ -5,12 +5,16 @@ namespace patchpack::LEVEL {
 // Turn every head of a token by the same angles, cosines and sines `[num_pairs]`.
 template <typename scalar_t, bool kInterleaved>
 inline void rotate_token(const Heads& heads, int64_t head_dim, int64_t num_pairs, int64_t token,
-                         const float* cos, const float* sin, float sign) {
+                         const float* cos, const float* sin) {
   const scalar_t* x = (const scalar_t*)heads.x + token * heads.stride_t;
   scalar_t* out = (scalar_t*)heads.out + token * heads.num_heads * head_dim;
   for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.stride_h, out += head_dim) {
+    // views of one buffer leave gaps between tokens, which stop the CPU from looking ahead
+    const char* ahead = (const char*)(x + 2 * heads.stride_t);
+    for (int64_t byte = 0; byte < head_dim * (int64_t)sizeof(scalar_t); byte += 64)
+      __builtin_prefetch(ahead + byte);
     for_lanes_again(num_pairs, [&](int64_t i, auto n) {
-      const Floats c = load(cos + i, n), s = load(sin + i, n) * sign;
+      const Floats c = load(cos + i, n), s = load(sin + i, n);
       if constexpr (kInterleaved) {
         const int first = std::min<int>(2 * n, kLanes), second = 2 * n - first;
         const Floats lo = load(x + 2 * i, first), hi = load(x + 2 * i + first, second);
@@ -24,22 +28,25 @@ inline void rotate_token(const Heads& heads, int64_t head_dim, int64_t num_pairs
         store(out + num_pairs + i, b * c + a * s, n);
       }
     });
-    const int64_t passed = head_dim - 2 * num_pairs;
-    std::memcpy((void*)(out + 2 * num_pairs), x + 2 * num_pairs, passed * sizeof(scalar_t));
+    if (const int64_t passed = head_dim - 2 * num_pairs)
+      std::memcpy((void*)(out + 2 * num_pairs), x + 2 * num_pairs, passed * sizeof(scalar_t));
   }
 }
 
-// Tokens `[begin, end)`; `angles(token)` gives the token's cosines and sines.
+// Tokens `[begin, end)`; `angles(token, cos, sin)` gives the cosines and sines of a token.
 template <typename Angles>
 inline void rotate_tokens(const Rotation& r, int64_t begin, int64_t end, const Angles& angles) {
-  const float sign = r.inverse ? -1.0f : 1.0f;
+  std::vector<float> buffer(2 * r.num_pairs);
+  float *cos = buffer.data(), *sin = cos + r.num_pairs;
   with_scalar(r.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     const auto rotate = r.interleaved ? rotate_token<scalar_t, true> : rotate_token<scalar_t, false>;
     for (int64_t token = begin; token < end; ++token) {
-      const auto [cos, sin] = angles(token);
+      angles(token, cos, sin);
+      if (r.inverse)
+        for (int64_t i = 0; i < r.num_pairs; ++i) sin[i] = -sin[i];
       for (const Heads& heads : r.heads)
-        rotate(heads, r.head_dim, r.num_pairs, token, cos, sin, sign);
+        rotate(heads, r.head_dim, r.num_pairs, token, cos, sin);
     }
   });
 }

@@ -36,9 +36,26 @@ inline Floats load(const float* x, All = {}) {
   return v;
 }
 
-inline Floats from_bfloat16(Shorts bits) {
-  return (Floats)(__builtin_convertvector(bits, Uints) << 16);
+// GCC splits these conversions of vectors in two, hence the intrinsics
+inline Uints widen(Shorts x) {
+#if defined(LEVEL_HAS_AVX512)
+  return (Uints)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(LEVEL_HAS_AVX2)
+  return (Uints)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Uints);
+#endif
 }
+
+inline Shorts narrow(Uints x) {
+#if defined(LEVEL_HAS_AVX512)
+  return (Shorts)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Shorts);
+#endif
+}
+
+inline Floats from_bfloat16(Shorts bits) { return (Floats)(widen(bits) << 16); }
 
 inline Floats load(const BFloat16* x, All = {}) {
   Shorts bits;
@@ -64,7 +81,7 @@ inline void store(float* out, Floats v, All = {}) { std::memcpy(out, &v, sizeof 
 inline Shorts to_bfloat16(Floats v) {
   const Uints bits = (Uints)v;
   const Uints rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(v != v ? Uints{} + 0x7FC0u : rounded, Shorts);
+  return narrow(v != v ? Uints{} + 0x7FC0u : rounded);
 }
 
 inline void store(BFloat16* out, Floats v, All = {}) {

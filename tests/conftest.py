@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+import patchpack
+
 ROOT = Path(__file__).parents[1]
 
 # patchpack interprets kernels itself; with this set, Triton could no longer compile them
@@ -26,6 +28,16 @@ def pytest_configure():
             "run `pytest`, not `python -m pytest`: it puts the repository on sys.path, where the"
             " folder kernels/ hides the package of that name"
         )
+
+
+def pytest_collection_modifyitems(items):
+    """Without the C++ extension, what is parametrised with its ``impl`` is skipped."""
+    if (reason := patchpack.available("rope", "native")) is None:
+        return
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if params and params.get("impl") == "native":
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

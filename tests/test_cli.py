@@ -342,8 +342,16 @@ def test_demo_writes_what_it_found(photos, tmp_path, capsys):
         assert len(colours) > 1000
 
     printed = capsys.readouterr().out
-    for words in ("wide", "tall", "Oryx", "grad head.weight", "loss curve", "interpreter"):
+    for words in ("wide", "tall", "Oryx", "grad head.weight", "loss curve"):
         assert words in printed
+    native = patchpack.available("varlen_attention", "native") is None
+    assert ("interpreter" in printed) is not native
+
+
+@pytest.mark.usefixtures("one_system")
+def test_demo_of_the_kernels_in_the_interpreter(photos, tmp_path, capsys):
+    assert _demo(photos, tmp_path / "out", "--impl", "triton", "--steps", "1") == 0
+    assert "interpreter" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("one_system")
@@ -401,7 +409,7 @@ def test_demo_finds_out_first_that_it_cannot_write(photos, tmp_path, capsys):
         assert _one_line(capsys).startswith(f"patchpack: cannot write to {tmp_path / out}: ")
 
 
-def test_demo_needs_triton(photos, tmp_path, monkeypatch, capsys):
+def test_demo_needs_a_fused_path(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(patchpack, "available", lambda op, impl: "Triton is not installed.")
     assert _demo(photos, tmp_path) == 2
     assert _one_line(capsys) == "patchpack: cannot run the fused path: Triton is not installed."

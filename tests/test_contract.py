@@ -10,7 +10,15 @@ import torch
 import patchpack
 from patchpack import _check
 from patchpack.testing.catalogue import SPECS
-from patchpack.testing.contract import CHECKS, Subject, differentiate, leaves, subjects, tensors
+from patchpack.testing.contract import (
+    CHECKS,
+    Subject,
+    differentiate,
+    leaves,
+    subjects,
+    tensors,
+    views,
+)
 
 needs_native = pytest.mark.skipif(
     patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
@@ -60,6 +68,17 @@ NUMERIC = [check for check in CHECKS if check not in ("opcheck", "compiled", "me
 def test_native_on_a_lesser_cpu(check, op, cpu_capability):
     for subject in subjects(op, check, "native"):
         CHECKS[check](subject)
+
+
+@needs_native
+@pytest.mark.parametrize("op", SPECS)
+def test_native_copies_no_view(op):
+    for case in SPECS[op].cases:
+        subject = Subject(op, case, impl="native")
+        inputs = views(subject.inputs())
+        with torch.autograd.profiler.profile(use_kineto=False) as profile:
+            subject(inputs)
+        assert "aten::clone" not in {event.name for event in profile.function_events}, case
 
 
 @needs_native

@@ -11,7 +11,7 @@ from patchpack import PackedGrid, mrope, rope_2d
 from patchpack.testing import compiled
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
 
 
 def golden(function):

@@ -6,7 +6,7 @@ import torch
 from patchpack import PackedGrid, mrope, rope, rope_2d
 from patchpack.testing import compiled
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
 
 
 def test_a_quarter_turn_by_hand():

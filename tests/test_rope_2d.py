@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchpack import PackedGrid, available, rope_2d
+from patchpack import PackedGrid, _dispatch, available, rope_2d
 from patchpack.testing import compiled
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
 
 
 def golden(function):
@@ -148,10 +148,9 @@ def test_a_strided_last_dimension_is_copied(impl):
     assert torch.equal(got[0], want[0])
 
 
-def test_the_default_on_a_cpu_is_the_reference():
-    grid = PackedGrid([(3, 5)])
-    q = torch.randn(15, 2, 32)
-    assert torch.equal(rope_2d(q, q, grid)[0], rope_2d(q, q, grid, impl="reference")[0])
+def test_the_default_on_a_cpu_is_native_where_it_is_built():
+    default = "reference" if available("rope_2d", "native") else "native"
+    assert _dispatch.resolve("rope_2d", None, q=torch.randn(15, 2, 32)) == default
 
 
 Q = torch.zeros(12, 2, 32)
@@ -203,11 +202,12 @@ def test_no_op_has_a_name_that_is_no_string():
         available(["rope"], "triton")
 
 
-def test_an_implementation_never_falls_back():
-    with pytest.raises(ValueError, match=r"impl='native' of rope_2d is not available: the C\+\+"):
+def test_an_implementation_never_falls_back(monkeypatch):
+    monkeypatch.setitem(_dispatch._UNAVAILABLE["rope_2d"], "native", "it is not built")
+    with pytest.raises(ValueError, match=r"impl='native' of rope_2d is not available: it is not"):
         rope_2d(Q, Q, GRID, impl="native")
-    with pytest.raises(ValueError, match=r"impl must be None or one of .*, got 'cuda'"):
-        rope_2d(Q, Q, GRID, impl="cuda")
+    with pytest.raises(ValueError, match=r"impl must be None or one of .*, got 'numpy'"):
+        rope_2d(Q, Q, GRID, impl="numpy")
     with pytest.raises(TypeError, match=r"q must be float32 or bfloat16 or float16, got float64"):
         rope_2d(Q.double(), Q.double(), GRID, impl="triton")
 

@@ -98,6 +98,7 @@ def plan(name: str, media: Sequence[Medium]) -> list[Plan]:
 
 def run(
     name: str,
+    impl: str,
     media: Sequence[Medium],
     plans: list[Plan],
     seed: int,
@@ -110,7 +111,7 @@ def run(
 
     torch.manual_seed(seed)
     fused, reference, oracle = (
-        SystemModel(name, impl).to(device, dtype) for impl in ("triton", "reference", "reference")
+        SystemModel(name, path).to(device, dtype) for path in (impl, "reference", "reference")
     )
     for parameter in fused.parameters():  # biases and tables too, or their gradients say little
         nn.init.normal_(parameter, std=0.05)

@@ -37,7 +37,7 @@ CLIP = "bikes.mp4"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # whose losses are compared: training amplifies rounding errors, and after ten steps all is luck
 COMPARED_STEPS = 5
-# most pixels of a photo: on a CPU what keeps Triton's interpreter within minutes
+# most pixels of a photo: on a CPU what keeps the slower paths within minutes
 MAX_PIXELS = {"cpu": 25 * 28**2, "cuda": 256 * 28**2}
 
 
@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and hidden patches")
     parser.add_argument("--device", choices=tuple(MAX_PIXELS), default=device)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument(
+        "--impl",
+        choices=("triton", "native"),
+        help="the fused path; by default that of the device, or triton",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--steps must be at least 1, got {args.steps}")
     if not 0 <= args.seed < 2**64:
         raise CommandError(f"--seed must be in 0..2**64 - 1, got {args.seed}")
-    if reason := patchpack.available("varlen_attention", "triton"):
+    impl = args.impl or _default_impl(args.device)
+    if reason := patchpack.available("varlen_attention", impl):
         raise CommandError(f"cannot run the fused path: {reason}")
     start = time.perf_counter()
     console = Console()
@@ -88,16 +94,16 @@ def run(args: argparse.Namespace) -> int:
     for name in plans:
         with console.status(f"{_media.SYSTEMS[name]}, forward and backward"):
             results[name] = _demo_systems.run(
-                name, media, small[name], args.seed, args.device, DTYPES[args.dtype]
+                name, impl, media, small[name], args.seed, args.device, DTYPES[args.dtype]
             )
     console.print(_systems_table(results))
     batch = pack(photos, args.seed, args.device, DTYPES[args.dtype])
     console.print(
         f"\ntraining on photos of at most {max_pixels} pixels, {args.dtype} on {args.device}\n"
     )
-    runs = _run_models(console, batch, args)
+    runs = _run_models(console, impl, batch, args)
     checks = _compare(runs)
-    _report(console, checks, runs, args.device)
+    _report(console, checks, runs, impl, args.device)
 
     loss = {"fused": runs["fused"].loss, "reference": runs["reference"].loss}
     document = {
@@ -121,6 +127,12 @@ def run(args: argparse.Namespace) -> int:
     console.print(Text("wrote " + ", ".join(map(str, paths.values()))), soft_wrap=True)
     checks += [check for result in results.values() for check in result.checks]
     return int(not all(check.passed for check in checks))
+
+
+def _default_impl(device: str) -> str:
+    """The fused path of a device: C++ on a CPU where it is built, else Triton."""
+    native = device == "cpu" and patchpack.available("varlen_attention", "native") is None
+    return "native" if native else "triton"
 
 
 def _as_dicts(checks: list[Accuracy]) -> list[dict]:
@@ -183,12 +195,14 @@ class Run:
     seconds: list[float]
 
 
-def _run_models(console: Console, batch: Batch, args: argparse.Namespace) -> dict[str, Run]:
+def _run_models(
+    console: Console, impl: str, batch: Batch, args: argparse.Namespace
+) -> dict[str, Run]:
     """Train the fused path, the reference, and a float64 oracle from the same weights."""
     torch.manual_seed(args.seed)
     fused, reference, oracle = (
-        Restorer(impl).to(args.device, DTYPES[args.dtype])
-        for impl in ("triton", "reference", "reference")
+        Restorer(path).to(args.device, DTYPES[args.dtype])
+        for path in (impl, "reference", "reference")
     )
     reference.load_state_dict(fused.state_dict())
     oracle.load_state_dict(fused.state_dict())
@@ -228,7 +242,9 @@ def _compare(runs: dict[str, Run]) -> list[Accuracy]:
     return measure_model(*outputs) + measure_model(*(run.gradients for run in runs.values()))
 
 
-def _report(console: Console, checks: list[Accuracy], runs: dict[str, Run], device: str) -> None:
+def _report(
+    console: Console, checks: list[Accuracy], runs: dict[str, Run], impl: str, device: str
+) -> None:
     table = Table("largest error, against float64")
     for name in ("fused", "eager", "at most", ""):
         table.add_column(name, justify="right")
@@ -247,7 +263,7 @@ def _report(console: Console, checks: list[Accuracy], runs: dict[str, Run], devi
     console.print(
         f"forward and backward: fused {fused:.3g} s, reference {reference:.3g} s (medians)"
     )
-    if device == "cpu":
+    if impl == "triton" and device == "cpu":
         console.print(
             "[yellow]On a CPU the fused path runs in Triton's interpreter: its seconds say nothing"
             " about a GPU.[/]"
