@@ -2,6 +2,8 @@
 // what becomes one token.
 #pragma once
 
+#include <vector>
+
 #include "grid.h"
 
 namespace patchpack {
@@ -34,13 +36,31 @@ struct Blocks {
   }
 };
 
-// `body(n, block)` for the blocks `[begin, end)`.
-template <typename Body>
-void for_blocks(const Blocks& blocks, int64_t begin, int64_t end, const Body& body) {
+// The tokens of block `n`, row by row: their numbers, and where in `x` each begins.
+template <typename T>
+struct Found {
+  int64_t n;
+  const int64_t* tokens;
+  const T* const* x;
+  int64_t ahead;  // from there to where those of the next block may begin: to be prefetched
+};
+
+// `body(found)` for the blocks `[begin, end)` of tokens `x`, `stride` elements apart.
+template <typename T, typename Body>
+void for_blocks(const Blocks& blocks, const T* x, int64_t stride, int64_t begin, int64_t end,
+                const Body& body) {
+  std::vector<int64_t> tokens(blocks.area());
+  std::vector<const T*> places(blocks.area(), x);
   int64_t grid = blocks.geometry.find(begin * blocks.area());
   for (int64_t n = begin; n < end; ++n) {
     while (n * blocks.area() >= blocks.geometry.first(grid + 1)) ++grid;
-    body(n, blocks.at(n, grid));
+    const Block block = blocks.at(n, grid);
+    const T* before = places[0];
+    for (int64_t k = 0; k < blocks.area(); ++k) {
+      tokens[k] = block.token(k);
+      places[k] = x + tokens[k] * stride;
+    }
+    body(Found<T>{n, tokens.data(), places.data(), places[0] - before});
   }
 }
 

@@ -50,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(Tensor x, std::optional<Tensor> 
     const char* from = (const char*)x.const_data_ptr();
     char* to = (char*)out.mutable_data_ptr();
     parallel_for(num_blocks, cost, [&](int64_t begin, int64_t end) {
-      for_blocks(blocks, begin, end, [&](int64_t n, const Block& block) {
+      for_blocks(blocks, from, stride, begin, end, [&](const Found<char>& block) {
         for (int64_t k = 0; k < area; ++k)
-          std::memcpy(to + (n * area + k) * bytes, from + block.token(k) * stride, bytes);
+          std::memcpy(to + (block.n * area + k) * bytes, block.x[k], bytes);
       });
     });
     return {out, empty({0}, ScalarType::Float), empty({0}, ScalarType::Float)};
@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(Tensor x, std::optional<Tensor> 
   const Tensor mean = empty({num_blocks * area / together}, ScalarType::Float);
   const Tensor rstd = empty_of(mean);
   parallel_for(num_blocks, cost, [&](int64_t begin, int64_t end) {
-    AT_LEVEL(merge_normalised(norm, out.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
-                              rstd.mutable_data_ptr<float>(), eps, begin, end));
+    AT_LEVEL(merge_normalised(norm, eps, out.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
+                              rstd.mutable_data_ptr<float>(), begin, end));
   });
   return {out, mean, rstd};
 }
@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_backward(
     const char* from = (const char*)grad.const_data_ptr();
     char* to = (char*)grad_x.mutable_data_ptr();
     parallel_for(num_blocks, cost, [&](int64_t begin, int64_t end) {
-      for_blocks(blocks, begin, end, [&](int64_t n, const Block& block) {
+      for_blocks(blocks, to, bytes, begin, end, [&](const Found<char>& block) {
         for (int64_t k = 0; k < area; ++k)
-          std::memcpy(to + block.token(k) * bytes, from + n * stride + k * bytes, bytes);
+          std::memcpy((char*)block.x[k], from + block.n * stride + k * bytes, bytes);
       });
     });
     return {grad_x, empty({0}, grad.scalar_type()), empty({0}, grad.scalar_type())};

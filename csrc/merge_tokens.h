@@ -3,24 +3,10 @@
 
 namespace patchpack::LEVEL {
 
-// `body(n, rows)` for the blocks `[begin, end)` with where in `x` the tokens of each begin.
-template <typename scalar_t, typename Body>
-inline void for_merged(const Norm& norm, int64_t begin, int64_t end, const Body& body) {
-  std::vector<const scalar_t*> x(norm.blocks.area());
-  std::vector<int64_t> tokens(x.size());
-  for_blocks(norm.blocks, begin, end, [&](int64_t n, const Block& block) {
-    for (size_t k = 0; k < x.size(); ++k) {
-      tokens[k] = block.token(k);
-      x[k] = (const scalar_t*)norm.x + tokens[k] * norm.stride_x;
-    }
-    body(n, x.data(), tokens.data());
-  });
-}
-
 // One row of a LayerNorm, the tokens `x` of it, to `out`.
 template <typename scalar_t>
-inline void normalise(const Norm& norm, const scalar_t* const* x, scalar_t* out, double eps,
-                      float& mean_out, float& rstd_out) {
+inline void normalise(const Norm& norm, const scalar_t* const* x, int64_t ahead, double eps,
+                      scalar_t* out, float& mean_out, float& rstd_out) {
   const int64_t num_channels = norm.num_channels;
   const double count = (double)(norm.together * num_channels);
   double total = 0, squares = 0, rest = 0;  // the rest is what rounding lost of the mean
@@ -48,33 +34,37 @@ inline void normalise(const Norm& norm, const scalar_t* const* x, scalar_t* out,
 }
 
 // Blocks `[begin, end)` of the output.
-inline void merge_normalised(const Norm& norm, void* out, float* mean, float* rstd, double eps,
+inline void merge_normalised(const Norm& norm, double eps, void* out, float* mean, float* rstd,
                              int64_t begin, int64_t end) {
   with_scalar(norm.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     const int64_t area = norm.blocks.area();
-    for_merged<scalar_t>(norm, begin, end, [&](int64_t n, const scalar_t* const* x, int64_t*) {
+    const auto body = [&](const Found<scalar_t>& block) {
       for (int64_t k = 0; k < area; k += norm.together) {
-        const int64_t place = n * area + k, row = place / norm.together;
-        normalise(norm, x + k, (scalar_t*)out + place * norm.num_channels, eps, mean[row],
-                  rstd[row]);
+        const int64_t place = block.n * area + k, row = place / norm.together;
+        normalise(norm, block.x + k, block.ahead, eps, (scalar_t*)out + place * norm.num_channels,
+                  mean[row], rstd[row]);
       }
-    });
+    };
+    for_blocks(norm.blocks, (const scalar_t*)norm.x, norm.stride_x, begin, end, body);
   });
 }
 
 // With z = (x - mean) rstd and w = weight grad: grad_x = (w - mean(w) - z mean(w z)) rstd. The
 // gradients of weight and bias, grad z and grad, are added to `sum_weight` and `sum_bias`.
 template <typename scalar_t>
-inline void normalise_backward(const Norm& norm, const scalar_t* const* x, const int64_t* tokens,
-                               const scalar_t* grad, float mean, float rstd, scalar_t* grad_x,
-                               float* sum_weight, float* sum_bias) {
+inline void normalise_backward(const Norm& norm, const scalar_t* const* x, int64_t ahead,
+                               const int64_t* tokens, const scalar_t* grad, int64_t grad_ahead,
+                               float mean, float rstd, scalar_t* grad_x, float* sum_weight,
+                               float* sum_bias) {
   const int64_t num_channels = norm.num_channels;
   const double count = (double)(norm.together * num_channels);
   double total_w = 0, total_wz = 0;
   for (int64_t k = 0; k < norm.together; ++k) {
     const int64_t at = k * num_channels;
+    const scalar_t* out = grad_x + tokens[k] * num_channels;
     add_sums(num_channels, [&](int64_t i, auto n, Floats* sums) {
+      __builtin_prefetch(out + i, 1, 2);
       const Floats w = load(grad + at + i, n) * load(norm.weight + at + i, n);
       sums[0] += w;
       sums[1] += w * ((load(x[k] + i, n) - mean) * rstd);
@@ -85,6 +75,8 @@ inline void normalise_backward(const Norm& norm, const scalar_t* const* x, const
     const int64_t at = k * num_channels;
     scalar_t* out = grad_x + tokens[k] * num_channels;
     for_lanes(num_channels, [&](int64_t i, auto n) {
+      __builtin_prefetch(x[k] + ahead + i, 0, 2);
+      __builtin_prefetch(grad + grad_ahead + at + i, 0, 2);
       const Floats g = load(grad + at + i, n), w = g * load(norm.weight + at + i, n);
       const Floats z = (load(x[k] + i, n) - mean) * rstd;
       store(out + i, (w - mean_w - z * mean_wz) * rstd, n);
@@ -94,7 +86,7 @@ inline void normalise_backward(const Norm& norm, const scalar_t* const* x, const
   }
 }
 
-// Blocks `[begin, end)`; `sums` are those of weight and bias, `[2, TOGETHER C]`.
+// Blocks `[begin, end)`; `sums` are those of weight and bias, `[2, together * num_channels]`.
 inline void merge_normalised_backward(const Norm& norm, const void* grad, int64_t stride_grad,
                                       const float* mean, const float* rstd, void* grad_x,
                                       float* sums, int64_t begin, int64_t end) {
@@ -102,15 +94,16 @@ inline void merge_normalised_backward(const Norm& norm, const void* grad, int64_
   std::fill_n(sums, 2 * size, 0.0f);
   with_scalar(norm.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    for_merged<scalar_t>(norm, begin, end, [&](int64_t n, const scalar_t* const* x,
-                                               const int64_t* tokens) {
-      const scalar_t* grads = (const scalar_t*)grad + n * stride_grad;
+    const auto body = [&](const Found<scalar_t>& block) {
+      const scalar_t* grads = (const scalar_t*)grad + block.n * stride_grad;
       for (int64_t k = 0; k < area; k += norm.together) {
-        const int64_t row = (n * area + k) / norm.together;
-        normalise_backward(norm, x + k, tokens + k, grads + k * norm.num_channels, mean[row],
-                           rstd[row], (scalar_t*)grad_x, sums, sums + size);
+        const int64_t row = (block.n * area + k) / norm.together;
+        normalise_backward(norm, block.x + k, block.ahead, block.tokens + k,
+                           grads + k * norm.num_channels, stride_grad, mean[row], rstd[row],
+                           (scalar_t*)grad_x, sums, sums + size);
       }
-    });
+    };
+    for_blocks(norm.blocks, (const scalar_t*)norm.x, norm.stride_x, begin, end, body);
   });
 }
 
