@@ -1,5 +1,4 @@
-// Square blocks of the maps of packed images, frame by frame, within a frame by rows or by columns:
-// what becomes one token.
+// Square blocks of the maps of packed images, each of which becomes one token.
 #pragma once
 
 #include <vector>
@@ -9,7 +8,7 @@
 namespace patchpack {
 
 struct Block {
-  int64_t frame, row, col;  // the frame's first token, and where in it the block begins
+  int64_t frame, row, col;  // the frame's first token, and the place in it of the block's first
   int64_t size, width, merge;
 
   // Token `k` of the block, row by row.
@@ -18,6 +17,7 @@ struct Block {
   }
 };
 
+// Blocks follow each other frame by frame, within a frame by rows or by columns.
 struct Blocks {
   Geometry geometry;
   int64_t merge, size;  // of the order of tokens, and of the blocks
@@ -28,39 +28,40 @@ struct Blocks {
   // Block `n` of all, which is in `grid`.
   HOST_DEVICE Block at(int64_t n, int64_t grid) const {
     const int64_t height = geometry.height(grid), width = geometry.width(grid);
-    const int64_t in_grid = n * area() - geometry.first(grid), in_frame = in_grid % (height * width);
-    const int64_t frame = geometry.first(grid) + in_grid - in_frame, block = in_frame / area();
-    const int64_t many = (by_column ? height : width) / size;
-    const int64_t across = block / many * size, along = block % many * size;
-    return {frame, by_column ? along : across, by_column ? across : along, size, width, merge};
+    const int64_t place = n * area(), in_frame = (place - geometry.first(grid)) % (height * width);
+    const int64_t block = in_frame / area(), in_line = (by_column ? height : width) / size;
+    const int64_t line = block / in_line * size, along = block % in_line * size;
+    const int64_t row = by_column ? along : line, col = by_column ? line : along;
+    return {place - in_frame, row, col, size, width, merge};
   }
 };
 
 // The tokens of block `n`, row by row: their numbers, and where in `x` each begins.
 template <typename T>
-struct Found {
+struct BlockTokens {
   int64_t n;
   const int64_t* tokens;
-  const T* const* x;
-  int64_t ahead;  // from there to where those of the next block may begin: to be prefetched
+  T* const* x;
+  int64_t ahead;  // how much further those of the next block may begin, for prefetching
 };
 
-// `body(found)` for the blocks `[begin, end)` of tokens `x`, `stride` elements apart.
+// `body(block)` for the blocks `[begin, end)` of the tokens `x`, which are `stride` apart.
 template <typename T, typename Body>
-void for_blocks(const Blocks& blocks, const T* x, int64_t stride, int64_t begin, int64_t end,
+void for_blocks(const Blocks& blocks, T* x, int64_t stride, int64_t begin, int64_t end,
                 const Body& body) {
-  std::vector<int64_t> tokens(blocks.area());
-  std::vector<const T*> places(blocks.area(), x);
-  int64_t grid = blocks.geometry.find(begin * blocks.area());
+  const int64_t area = blocks.area();
+  std::vector<int64_t> tokens(area);
+  std::vector<T*> places(area, x);
+  int64_t grid = blocks.geometry.find(begin * area);
   for (int64_t n = begin; n < end; ++n) {
-    while (n * blocks.area() >= blocks.geometry.first(grid + 1)) ++grid;
+    while (n * area >= blocks.geometry.first(grid + 1)) ++grid;
     const Block block = blocks.at(n, grid);
-    const T* before = places[0];
-    for (int64_t k = 0; k < blocks.area(); ++k) {
+    const T* last = places[0];
+    for (int64_t k = 0; k < area; ++k) {
       tokens[k] = block.token(k);
       places[k] = x + tokens[k] * stride;
     }
-    body(Found<T>{n, tokens.data(), places.data(), places[0] - before});
+    body(BlockTokens<T>{n, tokens.data(), places.data(), places[0] - last});
   }
 }
 

@@ -1,19 +1,29 @@
-// Kernels of patchpack.ops.region_attention for one level of the CPU: see level.h.
+// Kernels of patchpack.ops.region_attention for one level of the CPU: see level.h. What a pass over
+// memory will want next is prefetched by one that computes.
 #include "sum_kernels.h"
 
 namespace patchpack::LEVEL {
 
-// out[c] = sum of `term(k, c, n)` over the tokens k of a cell: along its rows, then over the rows.
+// out[c] = sum of `term(k, c, n)` over the tokens k of a cell: along its rows, then over eight rows
+// and over eights, so that rounding errors stay few.
 template <typename scalar_t, typename Term>
 inline void sum_cell(const Cells& cells, scalar_t* out, const Term& term) {
   const int64_t region = cells.blocks.size, num_channels = cells.num_channels;
   const auto columns = [&](int64_t c, auto n, auto wide) {
+    const auto add_rows = [&](int64_t row, int64_t end, Floats* total) {
+      for (; row < end; ++row) {
+        Floats sums[wide] = {};
+        for (int64_t k = row * region; k < (row + 1) * region; ++k)
+          for (int i = 0; i < wide; ++i) sums[i] += term(k, c + i * kLanes, n);
+        for (int i = 0; i < wide; ++i) total[i] += sums[i];
+      }
+    };
     Floats total[wide] = {};
-    for (int64_t row = 0; row < region; ++row) {
-      Floats sums[wide] = {};
-      for (int64_t k = row * region; k < (row + 1) * region; ++k)
-        for (int i = 0; i < wide; ++i) sums[i] += term(k, c + i * kLanes, n);
-      for (int i = 0; i < wide; ++i) total[i] += sums[i];
+    add_rows(0, std::min<int64_t>(8, region), total);
+    for (int64_t row = 8; row < region; row += 8) {
+      Floats rows[wide] = {};
+      add_rows(row, std::min(row + 8, region), rows);
+      for (int i = 0; i < wide; ++i) total[i] += rows[i];
     }
     for (int i = 0; i < wide; ++i) store(out + c + i * kLanes, total[i], n);
   };
@@ -25,8 +35,8 @@ inline void sum_cell(const Cells& cells, scalar_t* out, const Term& term) {
 }
 
 template <typename scalar_t>
-inline void attend_cell(const Cells& cells, const Found<scalar_t>& cell, const scalar_t* q,
-                        float* p, scalar_t* out) {
+inline void attend_cell(const Cells& cells, const BlockTokens<const scalar_t>& cell,
+                        const scalar_t* q, float* p, scalar_t* out) {
   const int64_t area = cells.blocks.area();
   float largest = -INFINITY;
   for (int64_t k = 0; k < area; ++k) {
@@ -52,7 +62,7 @@ inline void attend_cell(const Cells& cells, const Found<scalar_t>& cell, const s
 
 // Tokens are counted from their `mean`: neighbours are alike, and sums would cancel.
 template <typename scalar_t>
-inline void attend_cell_backward(const Cells& cells, const Found<scalar_t>& cell,
+inline void attend_cell_backward(const Cells& cells, const BlockTokens<const scalar_t>& cell,
                                  const scalar_t* grad, const scalar_t* q, const float* p,
                                  float* mean, float* grad_s, scalar_t* grad_query,
                                  scalar_t* grad_tokens) {
@@ -67,9 +77,9 @@ inline void attend_cell_backward(const Cells& cells, const Found<scalar_t>& cell
   for (int64_t k = 0; k < area; ++k) {
     const scalar_t* x = cell.x[k];
     float grad_p = 0.0f;
-    const scalar_t* gx = grad_tokens + cell.tokens[k] * num_channels;
+    const scalar_t* grad_x = grad_tokens + cell.tokens[k] * num_channels;
     add_sums(num_channels, [&](int64_t i, auto n, Floats* sums) {
-      __builtin_prefetch(gx + i, 1, 2);
+      __builtin_prefetch(grad_x + i, 1, 2);
       sums[0] += load(grad + i, n) * (load(x + i, n) - load(mean + i, n));
     }, grad_p);
     grad_s[k] = grad_p;
@@ -98,7 +108,7 @@ inline void attend_cell_backward(const Cells& cells, const Found<scalar_t>& cell
 inline void attend(const Cells& cells, void* out, float* p, int64_t begin, int64_t end) {
   with_scalar(cells.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    const auto body = [&](const Found<scalar_t>& cell) {
+    const auto body = [&](const BlockTokens<const scalar_t>& cell) {
       attend_cell(cells, cell, (const scalar_t*)cells.query + cell.n * cells.stride_query,
                   p + cell.n * cells.blocks.area(), (scalar_t*)out + cell.n * cells.num_channels);
     };
@@ -113,7 +123,7 @@ inline void attend_backward(const Cells& cells, const void* grad, int64_t stride
   std::vector<float> mean(cells.num_channels), grad_s(cells.blocks.area());
   with_scalar(cells.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    const auto body = [&](const Found<scalar_t>& cell) {
+    const auto body = [&](const BlockTokens<const scalar_t>& cell) {
       attend_cell_backward(cells, cell, (const scalar_t*)grad + cell.n * stride_grad,
                            (const scalar_t*)cells.query + cell.n * cells.stride_query,
                            p + cell.n * cells.blocks.area(), mean.data(), grad_s.data(),

@@ -3,8 +3,8 @@
 namespace patchpack::LEVEL {
 
 // `v` with zeros past the first n lanes.
-inline Floats first(Floats v, All) { return v; }
-inline Floats first(Floats v, int n) {
+inline Floats first_lanes_of(Floats v, All) { return v; }
+inline Floats first_lanes_of(Floats v, int n) {
   for (int i = n; i < kLanes; ++i) v[i] = 0.0f;
   return v;
 }
