@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,11 +30,14 @@ _OVERLOADS = {"triton": "default", "native": "native"}
 
 def _reason_not_native() -> str | None:
     """Import the C++ extension, which gives the ``native`` overloads their kernels."""
-    if importlib.util.find_spec("patchpack._C") is None:
+    # an editable installation elsewhere would lend its own to a package that has none
+    here = [str(Path(__file__).parent)]
+    if importlib.machinery.PathFinder.find_spec("patchpack._C", here) is None:
         return "the C++ extension patchpack._C is not part of this installation"
     try:
         importlib.import_module("patchpack._C")
-    except ImportError as error:
+        torch.ops.patchpack.cpu_capability("")  # refuses what PATCHPACK_CPU_CAPABILITY asks for
+    except (ImportError, RuntimeError) as error:
         return f"the C++ extension patchpack._C does not load: {error}"
     return None
 
