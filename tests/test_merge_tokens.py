@@ -95,14 +95,14 @@ def test_the_norm_is_that_of_torch(params, size, impl):
 
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("impl", KERNELS)
-def test_a_large_mean_costs_no_more_than_in_torch(size, impl):
+def test_a_large_mean_costs_less_than_in_torch(size, impl):
     grid, offset = PackedGrid([(8, 8)], 2), 1000.0
     x = torch.randn(64, 48) + offset
     weight = torch.ones(size * 48)
     exact = functional.layer_norm(x.double().reshape(-1, size * 48), (size * 48,))
     eager = functional.layer_norm(x.reshape(-1, size * 48), (size * 48,)) - exact
     got = merge_tokens(x, grid, weight=weight, eps=1e-5, impl=impl).reshape(exact.shape) - exact
-    assert got.abs().max() <= 2 * eager.abs().max() + 1e-5
+    assert got.abs().max() < 0.7 * eager.abs().max()
 
 
 @pytest.mark.parametrize("params", [torch.float32, torch.float16])
@@ -162,6 +162,19 @@ def differentiate(x, grid, affine, impl, dtype, **options):
     return {"y": y, "x": x.grad, **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
+def assert_accuracy(x, grid, affine, impl, **options):
+    got, eager, oracle = (
+        differentiate(x, grid, affine, i, dtype, **options)
+        for i, dtype in (
+            (impl, torch.float32),
+            ("reference", torch.float32),
+            ("reference", torch.float64),
+        )
+    )
+    for name, value in got.items():
+        assert_as_accurate(name, value, eager[name], oracle[name])
+
+
 @pytest.mark.parametrize(
     ("channels", "m", "size", "rows", "cols"),
     [(c, 2, size, 4, 34) for c in (2, 3, 15, 16, 31, 65, 513, 1153) for size in (1, 4)]
@@ -172,16 +185,7 @@ def test_rows_of_any_length_are_normalised(channels, m, size, rows, cols, impl):
     grid = PackedGrid([(rows, cols), (m, m)])
     x = torch.randn(grid.num_tokens, channels) + 3
     affine = {name: torch.randn(size * channels) for name in ("weight", "bias")}
-    got, eager, oracle = (
-        differentiate(x, grid, affine, i, dtype, merge_size=m, eps=1e-3)
-        for i, dtype in (
-            (impl, torch.float32),
-            ("reference", torch.float32),
-            ("reference", torch.float64),
-        )
-    )
-    for name, value in got.items():
-        assert_as_accurate(name, value, eager[name], oracle[name])
+    assert_accuracy(x, grid, affine, impl, merge_size=m, eps=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -192,16 +196,7 @@ def test_channels_that_stand_out_cost_no_accuracy(size, impl):
     x[:, 0] += 3000  # as encoders have them
     x[:, 17] -= 500
     affine = {name: torch.randn(size * 48) for name in ("weight", "bias")}
-    got, eager, oracle = (
-        differentiate(x, grid, affine, i, dtype)
-        for i, dtype in (
-            (impl, torch.float32),
-            ("reference", torch.float32),
-            ("reference", torch.float64),
-        )
-    )
-    for name, value in got.items():
-        assert_as_accurate(name, value, eager[name], oracle[name])
+    assert_accuracy(x, grid, affine, impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
