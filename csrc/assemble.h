@@ -9,7 +9,7 @@ inline void assemble(const Layout& layout, const Rows& tokens, const Rows& vecto
   const auto begin_of = [&](int64_t part) { return layout.parts[part].begin; };
   with_scalar(layout.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    RowResizer<scalar_t> resize_row(tokens.num_channels);
+    RowResizer<scalar_t> resize_row(tokens.num_channels, false);
     int64_t i = find_place(layout.num_parts, begin, begin_of);
     while (begin < end) {
       while (begin >= begin_of(i + 1)) ++i;
@@ -19,17 +19,14 @@ inline void assemble(const Layout& layout, const Rows& tokens, const Rows& vecto
       const int64_t stop = std::min(part.row_length(), left + end - begin);
       const int64_t right = std::min(stop, part.cols);
       const auto out_at = [&](int64_t col) {
-        return out + (begin - left + col) * tokens.num_bytes;
+        return (scalar_t*)(out + (begin - left + col) * tokens.num_bytes);
       };
       const auto source_at = [&](int64_t y, int64_t x) {
         return (const scalar_t*)tokens.at(part.token_at(y, x));
       };
       if (part.is_resized() && left < right) {
-        const auto sink_of = [&](int64_t col) {
-          scalar_t* to = (scalar_t*)out_at(col);
-          return [to](int64_t c, Floats v, auto n) { store(to + c, v, n); };
-        };
-        resize_row(*layout.rows[i], row, *layout.cols[i], left, right, source_at, sink_of);
+        resize_row(*layout.rows[i], row, *layout.cols[i], left, right, source_at, out_at,
+                   [](int64_t) {});
       } else {
         for (int64_t col = left; col < right; ++col)
           std::memcpy(out_at(col), source_at(row, col), tokens.num_bytes);
@@ -50,7 +47,7 @@ inline void assemble_backward(const Layout& layout, const Rows& grad, char* out,
   const auto first_of = [&](int64_t map) { return layout.maps[map].first; };
   with_scalar(layout.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    RowResizer<scalar_t> resize_row(grad.num_channels);
+    RowResizer<scalar_t> resize_row(grad.num_channels, false);
     int64_t i = find_place(layout.num_maps, begin, first_of);
     while (begin < end) {
       while (i + 1 < layout.num_maps && begin >= first_of(i + 1)) ++i;
@@ -85,12 +82,9 @@ inline void assemble_backward(const Layout& layout, const Rows& grad, char* out,
         return (const scalar_t*)grad.at(part.begin + y * part.row_length() + x);
       };
       if (part.is_resized() && left < right) {
-        const auto sink_of = [&](int64_t c) {
-          scalar_t* to = (scalar_t*)out_at(start + c);
-          return [to](int64_t i, Floats v, auto n) { store(to + i, v, n); };
-        };
+        const auto column_at = [&](int64_t c) { return (scalar_t*)out_at(start + c); };
         resize_row(*layout.rows[map.part], row, *layout.cols[map.part], left, right, source_at,
-                   sink_of);
+                   column_at, [](int64_t) {});
       } else {
         for (int64_t c = left; c < right; ++c)
           std::memcpy(out_at(start + c), source_at(row, c), grad.num_bytes);
