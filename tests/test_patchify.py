@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from patchpack import PackedGrid, patchify
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 
 
