@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from patchpack import resize_images
 from patchpack._resampling import BITS, height_first, resampling_weights
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
 FILTERS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
     "bilinear": PIL.Image.Resampling.BILINEAR,
