@@ -1,5 +1,5 @@
 // Includes the file KERNELS once for each level: see level.h. With KERNELS_USE_BF16 defined it is
-// also compiled for the CPU's bfloat16 products; otherwise that level is the one below.
+// also compiled for the CPU's bfloat16 and 8-bit products; otherwise that level is the one below.
 #include "level.h"
 
 #include <algorithm>
@@ -24,13 +24,15 @@
 #include KERNELS
 #undef LEVEL
 #if defined(KERNELS_USE_BF16)
-#pragma GCC target("avx512bf16")
+#pragma GCC target("avx512bf16,avx512vnni")
 #define LEVEL avx512_bf16
 #define LEVEL_HAS_BF16 1
+#define LEVEL_HAS_VNNI 1
 #include "vec.h"
 #include KERNELS
 #undef LEVEL
 #undef LEVEL_HAS_BF16
+#undef LEVEL_HAS_VNNI
 #else
 namespace patchpack { namespace avx512_bf16 = avx512; }
 #endif

@@ -85,6 +85,7 @@ void parallel_over_strips(const Geometry& geometry, const Patch& patch, int64_t 
 struct Strip {
   int64_t grid, frame, row;  // of merge blocks
   int64_t token;             // the first
+  int64_t left;              // strips from here on, this one too
 };
 
 // Calls `body(strip)` for the strips `[begin, end)` of all grids.
@@ -98,7 +99,8 @@ void for_strips(const Geometry& geometry, const Patch& patch, int64_t begin, int
     const int64_t first = geometry.first(grid), rows = geometry.height(grid) / patch.merge;
     const int64_t last = strip + (geometry.first(grid + 1) - first) / tokens;
     for (int64_t i = std::max(begin, strip); i < std::min(end, last); ++i)
-      body(Strip{grid, (i - strip) / rows, (i - strip) % rows, first + (i - strip) * tokens});
+      body(Strip{grid, (i - strip) / rows, (i - strip) % rows, first + (i - strip) * tokens,
+                 end - i});
     strip = last;
   }
 }

@@ -8,7 +8,8 @@ namespace patchpack {
 
 Tensor patchify(Tensor geometry_tensor, std::vector<Tensor> images, int64_t num_tokens,
                 int64_t merge, int64_t patch_size, std::vector<double> mean,
-                std::vector<double> std, int64_t temporal, std::string layout, ScalarType dtype) {
+                std::vector<double> std, int64_t temporal, std::string layout, ScalarType dtype,
+                bool pin_memory) {
   const Geometry geometry{geometry_tensor.const_data_ptr<int64_t>(), (int64_t)images.size()};
   const ScalarType pixel = images.empty() ? ScalarType::Byte : images[0].scalar_type();
   const Patch patch =
@@ -17,7 +18,7 @@ Tensor patchify(Tensor geometry_tensor, std::vector<Tensor> images, int64_t num_
   for (int64_t i = 0; i < geometry.num_grids; ++i)
     check_grid(geometry, i, (sources[i].frames + temporal - 1) / temporal,
                sources[i].height / patch_size, sources[i].width / patch_size);
-  const Tensor out = empty({num_tokens, patch.num_columns()}, dtype);
+  const Tensor out = empty({num_tokens, patch.num_columns()}, dtype, pin_memory);
   parallel_over_strips(geometry, patch, patch.num_columns(), [&](int64_t begin, int64_t end) {
     AT_LEVEL(patchify(sources, geometry, patch, out.mutable_data_ptr(), begin, end));
   });

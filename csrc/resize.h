@@ -11,13 +11,13 @@ namespace patchpack {
 
 constexpr int kWeightBits = 22;  // of a weight's fraction: 2**22 is 1
 
-// What the outputs of an axis sum: `weights[o][k] * x[first[o] + k]`.
+// What the outputs of an axis sum: `weights[o][k] * x[first[o] + k]`, for `k` below `count[o]`.
 struct Axis {
   int64_t num_in, num_out;
-  int64_t num_taps;  // with weights of zero at the end
-  std::vector<int64_t> first;
-  std::vector<int32_t> weights;        // [num_out, num_taps]
-  std::vector<uint32_t> split;         // the same as kernels of a level multiply by them
+  int64_t num_taps;  // the largest count
+  std::vector<int64_t> first, count;
+  std::vector<int32_t> weights;  // [num_out, num_taps]
+  std::vector<uint32_t> split;   // the same, as the kernels of a level multiply by them
 };
 
 // A product and a sum that were one operation would round otherwise than Pillow.
@@ -39,35 +39,32 @@ inline double bicubic_filter(double x) {
 inline Axis resampling_axis(int64_t num_in, int64_t num_out, bool bicubic) {
   const double scale = (double)num_in / (double)num_out, widened = std::max(scale, 1.0);
   const double support = (bicubic ? 2 : 1) * widened, inverse = 1 / widened;
-  Axis axis{num_in, num_out, 1, {}, {}, {}};
-  std::vector<double> values;
-  std::vector<std::vector<int32_t>> rows;
+  if (num_out == 0) return {num_in, 0, 0, {}, {}, {}, {}};
+  const int64_t most = 2 * (int64_t)std::ceil(support) + 1;
+  Axis axis{num_in, num_out, 1, {}, {}, std::vector<int32_t>(num_out * most), {}};
+  std::vector<double> values(most);
   for (int64_t o = 0; o < num_out; ++o) {
     const double center = ((double)o + 0.5) * scale;
     const int64_t first = (int64_t)std::max(center - support + 0.5, 0.0);
-    const int64_t last = std::min((int64_t)(center + support + 0.5), num_in);
+    const int64_t count = std::min((int64_t)(center + support + 0.5), num_in) - first;
     double total = 0;
-    values.clear();
-    for (int64_t i = first; i < last; ++i) {
-      const double x = std::abs(((double)i - center + 0.5) * inverse);
-      values.push_back(bicubic ? bicubic_filter(x) : bilinear_filter(x));
-      total += values.back();
+    for (int64_t k = 0; k < count; ++k) {
+      const double x = std::abs(((double)(first + k) - center + 0.5) * inverse);
+      values[k] = bicubic ? bicubic_filter(x) : bilinear_filter(x);
+      total += values[k];
     }
-    std::vector<int32_t> row;
-    for (const double value : values) {
-      const double fixed = value / total * (1 << kWeightBits);
-      row.push_back((int32_t)(fixed + std::copysign(0.5, fixed)));
-    }
-    while (row.back() == 0) row.pop_back();
     axis.first.push_back(first);
-    axis.num_taps = std::max(axis.num_taps, (int64_t)row.size());
-    rows.push_back(row);
+    axis.count.push_back(1);
+    for (int64_t k = 0; k < count; ++k) {
+      const double fixed = values[k] / total * (1 << kWeightBits);
+      const int32_t weight = (int32_t)(fixed + std::copysign(0.5, fixed));
+      axis.weights[o * most + k] = weight;
+      if (weight != 0) axis.count.back() = k + 1;
+    }
+    axis.num_taps = std::max(axis.num_taps, axis.count.back());
   }
-  axis.num_taps = (axis.num_taps + 1) / 2 * 2;
-  for (std::vector<int32_t>& row : rows) {
-    row.resize(axis.num_taps);
-    axis.weights.insert(axis.weights.end(), row.begin(), row.end());
-  }
+  for (int64_t o = 0; o < num_out; ++o)  // to rows of `num_taps`
+    std::copy_n(&axis.weights[o * most], axis.num_taps, &axis.weights[o * axis.num_taps]);
   return axis;
 }
 

@@ -12,6 +12,7 @@ int64_t num_strips(const Resize& r) { return (r.height() + kStripRows - 1) / kSt
 }  // namespace patchpack
 
 #define KERNELS "resize_images.h"
+#define KERNELS_USE_BF16
 #include "foreach_level.h"
 
 namespace patchpack {

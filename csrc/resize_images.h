@@ -15,7 +15,8 @@ inline void resize_images(const std::vector<Resize>& resizes, uint8_t* out, int6
     for (int64_t i = std::max(begin, first); i < std::min(end, last); ++i) {
       const int64_t frame = (i - first) / strips, top = (i - first) % strips * kStripRows;
       const int64_t bottom = std::min(height, top + kStripRows);
-      if (i == std::max(begin, first) || top == 0) resizer.start(r, frame);
+      if (i == std::max(begin, first) || top == 0)
+        resizer.start(r, frame, std::min(height, top + (end - i) * kStripRows));
       uint8_t* rows = at_least(strip, kStripRows * r.pitch());
       resizer.rows(top, bottom, rows);
       for (int64_t c = 0; c < channels; ++c)

@@ -12,35 +12,19 @@ typedef int16_t Words __attribute__((vector_size(4 * LEVEL_LANES)));
 
 // lanes of 16 bytes, interleaved in place: the lower halves of each, and the upper
 
-template <int bytes, typename Vector, int... i>
-inline Vector interleaved(Vector a, Vector b, int half, std::integer_sequence<int, i...>) {
-  constexpr int n = sizeof(Vector) / sizeof(a[0]), lane = 16 / sizeof(a[0]);
-  if (half == 0)
-    return __builtin_shufflevector(a, b, (i / lane * lane + i % lane / 2 + i % 2 * n)...);
-  return __builtin_shufflevector(a, b, (i / lane * lane + (i % lane + lane) / 2 + i % 2 * n)...);
+template <int half, typename Vector, int... i>
+inline Vector interleaved(Vector a, Vector b, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i), lane = 16 * n / sizeof(Vector);
+  return __builtin_shufflevector(
+      a, b, (i / lane * lane + (i % lane + half * lane) / 2 + i % 2 * n)...);
 }
 template <typename Vector>
 inline Vector lower(Vector a, Vector b) {
-  constexpr int n = sizeof(Vector) / sizeof(a[0]);
-  return interleaved<0>(a, b, 0, std::make_integer_sequence<int, n>{});
+  return interleaved<0>(a, b, std::make_integer_sequence<int, sizeof(a) / sizeof(a[0])>{});
 }
 template <typename Vector>
 inline Vector upper(Vector a, Vector b) {
-  constexpr int n = sizeof(Vector) / sizeof(a[0]);
-  return interleaved<0>(a, b, 1, std::make_integer_sequence<int, n>{});
-}
-
-// Sums of the products of two neighbours.
-inline Ints dot(Words a, Words b) {
-#if defined(LEVEL_HAS_AVX512)
-  return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(LEVEL_HAS_AVX2)
-  return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-  return ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
-#endif
+  return interleaved<1>(a, b, std::make_integer_sequence<int, sizeof(a) / sizeof(a[0])>{});
 }
 
 // Four vectors, interleaved in lanes as `lower` and `upper` do, to bytes: 0..255 at most.
@@ -62,44 +46,93 @@ inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) {
 #endif
 }
 
-// Weights of 24 bits as two of 12, each of them beside that of the next tap.
-constexpr int kTapsAtOnce = 2, kLowBits = 12;
+// A weight of 24 bits is a sum of `kParts` numbers of `kPartBits`, which are signed. Products are of
+// 32 bits, each with the same part of the weights of `kTapsAtOnce` taps.
+#if defined(LEVEL_HAS_VNNI)
+constexpr int kParts = 3, kPartBits = 8, kTapsAtOnce = 4;
+#else
+constexpr int kParts = 2, kPartBits = 12, kTapsAtOnce = 2;
+#endif
 
+inline int64_t num_steps(int64_t num_taps) { return (num_taps + kTapsAtOnce - 1) / kTapsAtOnce; }
+
+// `[num_out, num_steps, kParts]`, the lowest part first.
 inline void split_weights(Axis& axis) {
-  axis.split.clear();
-  for (size_t i = 0; i < axis.weights.size(); i += 2) {
-    int32_t high[2], low[2];
-    for (int k = 0; k < 2; ++k) {
-      const int32_t weight = axis.weights[i + k];
-      high[k] = (weight + (1 << (kLowBits - 1))) >> kLowBits;
-      low[k] = weight - (high[k] << kLowBits);
-    }
-    axis.split.push_back((uint32_t)(high[0] & 0xFFFF) | (uint32_t)high[1] << 16);
-    axis.split.push_back((uint32_t)(low[0] & 0xFFFF) | (uint32_t)low[1] << 16);
-  }
+  constexpr int bits = 32 / kTapsAtOnce;
+  axis.split.assign(axis.num_out * num_steps(axis.num_taps) * kParts, 0);
+  uint32_t* parts = axis.split.data();
+  for (int64_t o = 0; o < axis.num_out; ++o)
+    for (int64_t k = 0; k < axis.num_taps; k += kTapsAtOnce, parts += kParts)
+      for (int64_t i = 0; i < std::min<int64_t>(kTapsAtOnce, axis.num_taps - k); ++i) {
+        int32_t weight = axis.weights[o * axis.num_taps + k + i];
+        for (int part = 0; part < kParts; ++part) {
+          const int32_t higher = (weight + (1 << (kPartBits - 1))) >> kPartBits;
+          const uint32_t value = weight - (part + 1 < kParts ? higher << kPartBits : 0);
+          parts[part] |= (value & (0xFFFFFFFFu >> (32 - bits))) << (bits * i);
+          weight = higher;
+        }
+      }
 }
 
-// The sums over taps of `kBytes` bytes that lie `stride` apart.
-inline Bytes weighted_sum(const Axis& axis, int64_t output, const uint8_t* x, int64_t stride) {
-  const uint32_t* weights = &axis.split[output * axis.num_taps];
-  Ints high[4] = {}, low[4] = {};
-  for (int64_t k = 0; k < axis.num_taps; k += 2, x += 2 * stride) {
-    Bytes a, b;
-    std::memcpy(&a, x, sizeof a);
-    std::memcpy(&b, x + stride, sizeof b);
-    const Bytes pairs[] = {lower(a, b), upper(a, b)};
-    const Words high_weights = (Words)(Uints{} + weights[k]);
-    const Words low_weights = (Words)(Uints{} + weights[k + 1]);
-    for (int i = 0; i < 4; ++i) {
-      const Bytes pair = pairs[i / 2];
-      const Words pixels = (Words)(i % 2 ? upper(pair, Bytes{}) : lower(pair, Bytes{}));
-      high[i] += dot(pixels, high_weights);
-      low[i] += dot(pixels, low_weights);
-    }
+// `sum` and the products of the pixels of `kTapsAtOnce` taps, side by side.
+inline Ints add_products(Ints sum, Bytes pixels, Uints weights) {
+#if defined(LEVEL_HAS_VNNI)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)pixels, (__m512i)weights);
+#elif defined(LEVEL_HAS_AVX512)
+  return sum + (Ints)_mm512_madd_epi16((__m512i)pixels, (__m512i)weights);
+#elif defined(LEVEL_HAS_AVX2)
+  return sum + (Ints)_mm256_madd_epi16((__m256i)pixels, (__m256i)weights);
+#elif defined(__SSE2__)
+  return sum + (Ints)_mm_madd_epi16((__m128i)pixels, (__m128i)weights);
+#else
+  const Ints x = (Ints)pixels, w = (Ints)weights;
+  return sum + (x & 0xFFFF) * (w << 16 >> 16) + (x >> 16) * (w >> 16);
+#endif
+}
+
+struct Sum {
+  Ints parts[kParts];
+
+  void add(Bytes pixels, const uint32_t* weights) {
+    for (int part = 0; part < kParts; ++part)
+      parts[part] = add_products(parts[part], pixels, Uints{} + weights[part]);
   }
-  for (int i = 0; i < 4; ++i)
-    high[i] = ((high[i] << kLowBits) + low[i] + (1 << (kWeightBits - 1))) >> kWeightBits;
-  return to_bytes(high[0], high[1], high[2], high[3]);
+  Ints rounded() const {
+    Ints total = parts[kParts - 1];
+    for (int part = kParts - 2; part >= 0; --part) total = (total << kPartBits) + parts[part];
+    return (total + (1 << (kWeightBits - 1))) >> kWeightBits;
+  }
+};
+
+inline Bytes load_bytes(const uint8_t* x) {
+  Bytes bytes;
+  std::memcpy(&bytes, x, sizeof bytes);
+  return bytes;
+}
+
+// The sums over taps of `kBytes` bytes that lie `stride` apart. A few more are read, and times zero.
+inline Bytes weighted_sum(const Axis& axis, int64_t output, const uint8_t* x, int64_t stride) {
+  const int64_t steps = num_steps(axis.count[output]);
+  const uint32_t* weights = &axis.split[output * num_steps(axis.num_taps) * kParts];
+  Sum s0{}, s1{}, s2{}, s3{};
+  for (int64_t step = 0; step < steps; ++step, x += kTapsAtOnce * stride, weights += kParts) {
+    const Bytes a = load_bytes(x), b = load_bytes(x + stride);
+    const Bytes lo = lower(a, b), hi = upper(a, b);
+#if defined(LEVEL_HAS_VNNI)
+    const Bytes c = load_bytes(x + 2 * stride), d = load_bytes(x + 3 * stride);
+    const Words lo_next = (Words)lower(c, d), hi_next = (Words)upper(c, d);
+    s0.add((Bytes)lower((Words)lo, lo_next), weights);
+    s1.add((Bytes)upper((Words)lo, lo_next), weights);
+    s2.add((Bytes)lower((Words)hi, hi_next), weights);
+    s3.add((Bytes)upper((Words)hi, hi_next), weights);
+#else
+    s0.add(lower(lo, Bytes{}), weights);
+    s1.add(upper(lo, Bytes{}), weights);
+    s2.add(lower(hi, Bytes{}), weights);
+    s3.add(upper(hi, Bytes{}), weights);
+#endif
+  }
+  return to_bytes(s0.rounded(), s1.rounded(), s2.rounded(), s3.rounded());
 }
 
 typedef uint8_t Lane __attribute__((vector_size(16)));
@@ -111,8 +144,11 @@ inline void transpose(const uint8_t* x, int64_t stride, int64_t rows, uint8_t* o
   typedef uint32_t Lane32 __attribute__((vector_size(16)));
   typedef uint64_t Lane64 __attribute__((vector_size(16)));
   Lane a[16], b[16];
-  for (int64_t i = 0; i < 16; ++i)
-    std::memcpy(&a[i], x + std::min(i, rows - 1) * stride, sizeof(Lane));
+  const int64_t last = std::min<int64_t>(rows, 16) - 1;
+  if (last == 15)
+    for (int64_t i = 0; i < 16; ++i) std::memcpy(&a[i], x + i * stride, sizeof(Lane));
+  else
+    for (int64_t i = 0; i < 16; ++i) std::memcpy(&a[i], x + std::min(i, last) * stride, sizeof(Lane));
   for (int i = 0; i < 8; ++i) {
     b[2 * i] = lower(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = upper(a[2 * i], a[2 * i + 1]);
@@ -131,8 +167,10 @@ inline void transpose(const uint8_t* x, int64_t stride, int64_t rows, uint8_t* o
     a[2 * j] = (Lane)lower((Lane64)b[j], (Lane64)b[8 + j]);
     a[2 * j + 1] = (Lane)upper((Lane64)b[j], (Lane64)b[8 + j]);
   }
-  for (int64_t i = 0; i < std::min<int64_t>(16, rows_out); ++i)
-    std::memcpy(out + i * stride_out, &a[i], sizeof(Lane));
+  if (rows_out >= 16)
+    for (int64_t i = 0; i < 16; ++i) std::memcpy(out + i * stride_out, &a[i], sizeof(Lane));
+  else
+    for (int64_t i = 0; i < rows_out; ++i) std::memcpy(out + i * stride_out, &a[i], sizeof(Lane));
 }
 
 // Rows of pixels: `x + y * stride_y + i * stride_x + c * stride_c`.
@@ -150,9 +188,10 @@ inline uint8_t* at_least(std::vector<uint8_t>& buffer, int64_t size) {
 // One frame of an image, resized from top to bottom.
 class Resizer {
  public:
-  // Begin with `frame` of another image, or with it again from its top.
-  void start(const Resize& resize, int64_t frame) {
+  // Another frame, or image, of which rows before `bottom` are wanted, from any one on.
+  void start(const Resize& resize, int64_t frame, int64_t bottom) {
     resize_ = &resize;
+    limit_ = std::min(resize.rows.num_in, resize.rows.first[bottom - 1] + resize.rows.num_taps);
     const Pixels& image = resize.image;
     source_ = {(const uint8_t*)image.data + frame * image.stride_f, image.stride_y,
                image.stride_x, image.stride_c};
@@ -170,14 +209,14 @@ class Resizer {
     const Axis& axis = resize_->rows;
     const int64_t pitch = resize_->pitch();
     if (!resize_->height_first) {
-      for (int64_t y = begin; y < end; ++y, out += pitch) sum_rows(axis, y, end, out);
+      for (int64_t y = begin; y < end; ++y, out += pitch) sum_rows(axis, y, out);
       return;
     }
     for (int64_t y = begin; y < end; y += kBytes) {
       const int64_t count = std::min<int64_t>(kBytes, end - y);
       uint8_t* block = at_least(block_, (count + 1) * halfway_.stride_y);
       for (int64_t i = 0; i < count; ++i)
-        sum_rows(axis, y + i, end, block + i * halfway_.stride_y);
+        sum_rows(axis, y + i, block + i * halfway_.stride_y);
       PixelRows rows = halfway_;
       rows.x = block;
       resize_width(rows, count, out + (y - begin) * pitch);
@@ -188,18 +227,17 @@ class Resizer {
   static int64_t padded(int64_t size) { return (size + kBytes - 1) / kBytes * kBytes; }
 
   // Row `y` of what comes out, or halfway, from rows that are made as they are needed.
-  void sum_rows(const Axis& axis, int64_t y, int64_t last_y, uint8_t* out) {
+  void sum_rows(const Axis& axis, int64_t y, uint8_t* out) {
     const int64_t stride = halfway_.stride_y, first = axis.first[y];
-    uint8_t* window = at_least(window_, (2 * axis.num_taps + kBytes) * stride);
+    uint8_t* window = at_least(window_, (2 * axis.num_taps + kTapsAtOnce + kBytes) * stride);
     const int64_t need = std::min(axis.num_in, first + axis.num_taps);
     if (end_ < need) {
       const int64_t kept = std::max<int64_t>(0, end_ - first);
       std::memmove(window, window + (end_ - kept - begin_) * stride, kept * stride);
       begin_ = first;
       end_ = first + kept;
-      const int64_t limit = std::min(axis.num_in, axis.first[last_y - 1] + axis.num_taps);
       while (end_ < need) {
-        const int64_t count = std::min<int64_t>(kBytes, limit - end_);
+        const int64_t count = std::min<int64_t>(kBytes, limit_ - end_);
         PixelRows rows = source_;
         rows.x += end_ * rows.stride_y;
         if (resize_->height_first)
@@ -281,7 +319,7 @@ class Resizer {
         rows = {gathered, channels * width, 1, width};
       }
     }
-    const int64_t past = resize_->cols.num_taps * channels;  // read, and times zero
+    const int64_t past = (resize_->cols.num_taps + kTapsAtOnce) * channels;  // read, and times zero
     uint8_t* columns = at_least(columns_, (planes * width + past) * kBytes);
     for (int64_t plane = 0; plane < planes; ++plane)
       for (int64_t j = 0; j < width; j += 16) {
@@ -294,11 +332,11 @@ class Resizer {
     return {columns, 1, kBytes, width * kBytes};
   }
 
-  static constexpr int64_t kTile = 64;  // outputs whose columns stay in the first cache
+  static constexpr int64_t kTile = 32;  // outputs whose columns stay in the first cache
 
   const Resize* resize_;
   PixelRows source_, halfway_;
-  int64_t begin_, end_;  // the rows in the window
+  int64_t begin_, end_, limit_;  // the rows in the window, and where they will end
   std::vector<uint8_t> window_, block_, gathered_, columns_, sums_;
 };
 
