@@ -35,11 +35,14 @@ inline std::vector<Pixels> pixels(const std::vector<Tensor>& images) {
   return all;
 }
 
+constexpr int64_t kCachedValues = 1 << 20;
+
 // What a patch is: `[channels, temporal, size, size]`, or `[size, size, channels]` if interleaved.
 struct Patch {
   ScalarType pixel, dtype;
   int64_t size, temporal, merge, channels;
   bool interleaved;
+  bool past_caches;  // patches are more than a cache holds
   std::vector<float> mean, std, inverse_std;  // of the columns of a row of a patch, then the next
 
   int64_t num_runs() const { return interleaved ? 1 : channels; }
@@ -49,9 +52,10 @@ struct Patch {
 
 inline Patch patch_of(ScalarType pixel, ScalarType dtype, int64_t size, int64_t temporal,
                       int64_t merge, const std::vector<double>& mean,
-                      const std::vector<double>& std, bool interleaved) {
+                      const std::vector<double>& std, bool interleaved, int64_t num_tokens = 0) {
   const int64_t channels = (int64_t)mean.size();
-  Patch patch{pixel, dtype, size, temporal, merge, channels, interleaved, {}, {}, {}};
+  Patch patch{pixel, dtype, size, temporal, merge, channels, interleaved, false, {}, {}, {}};
+  patch.past_caches = num_tokens * patch.num_columns() > kCachedValues;
   for (int64_t i = 0; i < channels * size; ++i) {
     const int64_t channel = interleaved ? i % channels : i / size;
     patch.mean.push_back((float)mean[channel]);

@@ -13,7 +13,7 @@ Tensor patchify(Tensor geometry_tensor, std::vector<Tensor> images, int64_t num_
   const Geometry geometry{geometry_tensor.const_data_ptr<int64_t>(), (int64_t)images.size()};
   const ScalarType pixel = images.empty() ? ScalarType::Byte : images[0].scalar_type();
   const Patch patch =
-      patch_of(pixel, dtype, patch_size, temporal, merge, mean, std, layout == "ppc");
+      patch_of(pixel, dtype, patch_size, temporal, merge, mean, std, layout == "ppc", num_tokens);
   const std::vector<Pixels> sources = pixels(images);
   for (int64_t i = 0; i < geometry.num_grids; ++i)
     check_grid(geometry, i, (sources[i].frames + temporal - 1) / temporal,

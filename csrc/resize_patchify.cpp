@@ -13,7 +13,7 @@ Tensor resize_patchify(Tensor geometry_tensor, std::vector<Tensor> images, int64
                        ScalarType dtype, bool pin_memory, std::string resample) {
   const Geometry geometry{geometry_tensor.const_data_ptr<int64_t>(), (int64_t)images.size()};
   const Patch patch = patch_of(ScalarType::Byte, dtype, patch_size, temporal, merge, mean, std,
-                               layout == "ppc");
+                               layout == "ppc", num_tokens);
   const std::vector<Pixels> sources = pixels(images);
   for (int64_t i = 0; i < geometry.num_grids; ++i)
     check_grid(geometry, i, (sources[i].frames + temporal - 1) / temporal, geometry.height(i),
