@@ -134,10 +134,10 @@ def patchify(
         "layout": layout,
         "dtype": dtype,
     }
-    positional = (grid.geometry, images, grid.num_tokens, grid.spatial_merge_size)
+    sequence = (grid.num_tokens, grid.spatial_merge_size)
     if resample is not None and impl == "native":
         return _dispatch.operator("resize_patchify", impl)(
-            *positional, *options.values(), pin_memory, resample
+            grid.geometry, images, *sequence, *options.values(), pin_memory, resample
         )
     if resample is not None:
         sides = [(h * patch_size, w * patch_size) for _, h, w in grid.grid_thw.tolist()]
@@ -146,7 +146,9 @@ def patchify(
         with _dispatch.without_autocast(grid.geometry):
             patches = reference.patchify(images, grid, **options)
         return patches.pin_memory() if pin_memory else patches
-    return _dispatch.operator("patchify", impl)(*positional, *options.values(), pin_memory)
+    return _dispatch.operator("patchify", impl)(
+        grid.geometry, images, *sequence, *options.values(), pin_memory
+    )
 
 
 def _check_sizes(sizes: list[tuple[int, int, int]], grid: PackedGrid, resized: bool) -> None:

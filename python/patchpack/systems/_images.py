@@ -215,7 +215,7 @@ def resized_patches(
         views = [clip.permute(0, 3, 1, 2) for clip in clips]
         return patches(views, grid, patch_size=patch_size, resample=mode, **options)
     sizes = (grid.grid_thw[:, 1:] * patch_size).tolist()
-    images = [resized(clip, *size, mode) for clip, size in zip(clips, sizes, strict=True)]
+    images = [resized(clip, h, w, mode) for clip, (h, w) in zip(clips, sizes, strict=True)]
     return patches(images, grid, patch_size=patch_size, **options)
 
 
