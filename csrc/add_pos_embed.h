@@ -16,24 +16,22 @@ inline void add_to_frames(const float* embedding, const Tokens& x, scalar_t* out
   }
 }
 
-// Tokens `[begin, end)`, counted by row, column and frame: a cell goes with its first frame.
+// Tokens `[begin, end)`, counted by image row, column and frame: a cell goes with its first frame.
 inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out, float* scales,
                            int64_t begin, int64_t end) {
   std::vector<float> embedding(e.num_channels);
-  const auto width = [&](int64_t grid) {
-    return e.geometry.width(grid) * num_frames(e.geometry, grid);
-  };
+  const auto after = std::upper_bound(e.image_rows.begin(), e.image_rows.end(), begin,
+                                      [](int64_t token, const ImageRow& r) { return token < r.begin; });
   with_scalar(e.table_dtype, [&](auto table_scalar) {
     using table_t = decltype(table_scalar);
+    const auto cell_at = [&](int64_t row, int64_t col) {
+      return (const table_t*)e.table + row * e.stride_row + col * e.stride_col;
+    };
     RowResizer<table_t> resize_row(e.num_channels, false);
-    for_row_parts(e.geometry, begin, end, width,
-                  [&](int64_t grid, int64_t row, int64_t left, int64_t right) {
-      const int64_t frames = num_frames(e.geometry, grid);
+    for (auto r = after - 1; r->begin < end; ++r) {
+      const int64_t grid = r->grid, row = r->row, frames = num_frames(e.geometry, grid);
       const int64_t area = e.geometry.height(grid) * e.geometry.width(grid);
       const ResizeMatrix &rows = *e.rows[grid], &cols = *e.cols[grid];
-      const auto cell_at = [&](int64_t y, int64_t x) {
-        return (const table_t*)e.table + y * e.stride_row + x * e.stride_col;
-      };
       const auto add = [&](int64_t col) {
         const int64_t token = e.geometry.first(grid) + e.cells[grid](row, col);
         with_scalar(x.dtype, [&](auto scalar) {
@@ -43,10 +41,11 @@ inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out, float*
         for (int64_t frame = 0; scales && frame < frames; ++frame)
           scales[token + frame * area] = rows.scales[row] * cols.scales[col];
       };
-      const auto first_cell = [&](int64_t token) { return (token + frames - 1) / frames; };
-      resize_row(rows, row, cols, first_cell(left), first_cell(right), cell_at,
+      const auto first_cell = [&](int64_t token) { return (token - r->begin + frames - 1) / frames; };
+      resize_row(rows, row, cols, first_cell(std::max(begin, r->begin)),
+                 first_cell(std::min(end, (r + 1)->begin)), cell_at,
                  [&](int64_t) { return embedding.data(); }, add);
-    });
+    }
   });
 }
 
