@@ -56,7 +56,8 @@ PosEmbed pos_embed(const Tensor& geometry, int64_t merge, int64_t rows, int64_t 
 std::vector<ImageRow> rows_by_table(const PosEmbed& e, int64_t num_tokens) {
   std::vector<ImageRow> image_rows;
   for (int64_t grid = 0; grid < e.geometry.num_grids; ++grid)
-    for (int64_t row = 0; row < e.geometry.height(grid); ++row) image_rows.push_back({grid, row, 0});
+    for (int64_t row = 0; row < e.geometry.height(grid); ++row)
+      image_rows.push_back({grid, row, 0});
   const auto reads = [&](const ImageRow& r) { return e.rows[r.grid]->begin(r.row)->index; };
   std::stable_sort(image_rows.begin(), image_rows.end(), [&](const ImageRow& a, const ImageRow& b) {
     return reads(a) < reads(b);
