@@ -10,6 +10,11 @@ struct Tokens {
   int64_t stride;
 };
 
+// A row of an image or clip, and how many tokens come before it.
+struct ImageRow {
+  int64_t grid, row, begin;
+};
+
 // The table and the images it is resized to. Matrices, cells and sums are those of each grid.
 struct PosEmbed {
   Geometry geometry;
@@ -17,9 +22,12 @@ struct PosEmbed {
   std::vector<const ResizeMatrix*> rows, cols;
   int64_t num_channels;
   ScalarType table_dtype;
-  const void* table;  // of the forward pass
+  // of the forward pass
+  const void* table;
   int64_t stride_row, stride_col;
-  std::vector<float*> frame_sums;  // of the backward pass: null unless there are several frames
+  std::vector<ImageRow> image_rows;  // and a last one where they end
+  // of the backward pass
+  std::vector<float*> frame_sums;  // null unless there are several frames
 };
 
 }  // namespace
@@ -35,13 +43,32 @@ Tokens tokens_of(const Tensor& x) { return {x.scalar_type(), x.const_data_ptr(),
 
 PosEmbed pos_embed(const Tensor& geometry, int64_t merge, int64_t rows, int64_t cols,
                    int64_t num_channels, ScalarType table_dtype, ResizeMatrices& matrices) {
-  PosEmbed e{geometry_of(geometry), {}, {}, {}, num_channels, table_dtype, nullptr, 0, 0, {}};
+  PosEmbed e{geometry_of(geometry), {}, {}, {}, num_channels, table_dtype, nullptr, 0, 0, {}, {}};
   e.cells = cell_tokens(e.geometry, merge);
   for (int64_t grid = 0; grid < e.geometry.num_grids; ++grid) {
     e.rows.push_back(matrices.of(rows, e.geometry.height(grid)));
     e.cols.push_back(matrices.of(cols, e.geometry.width(grid)));
   }
   return e;
+}
+
+// By the rows of the table they read, which then stay in cache from one image to the next.
+std::vector<ImageRow> rows_by_table(const PosEmbed& e, int64_t num_tokens) {
+  std::vector<ImageRow> image_rows;
+  for (int64_t grid = 0; grid < e.geometry.num_grids; ++grid)
+    for (int64_t row = 0; row < e.geometry.height(grid); ++row)
+      image_rows.push_back({grid, row, 0});
+  const auto reads = [&](const ImageRow& r) { return e.rows[r.grid]->begin(r.row)->index; };
+  std::stable_sort(image_rows.begin(), image_rows.end(), [&](const ImageRow& a, const ImageRow& b) {
+    return reads(a) < reads(b);
+  });
+  int64_t begin = 0;
+  for (ImageRow& r : image_rows) {
+    r.begin = begin;
+    begin += e.geometry.width(r.grid) * num_frames(e.geometry, r.grid);
+  }
+  image_rows.push_back({0, 0, num_tokens});
+  return image_rows;
 }
 
 }  // namespace
@@ -60,6 +87,7 @@ std::tuple<Tensor, Tensor> add_pos_embed(Tensor x, Tensor table, Tensor geometry
   e.table = table.const_data_ptr();
   e.stride_row = table.stride(0);
   e.stride_col = table.stride(1);
+  e.image_rows = rows_by_table(e, num_tokens);
   float* scale = antialias ? scales.mutable_data_ptr<float>() : nullptr;
   parallel_for(num_tokens, 2 * num_channels, [&](int64_t begin, int64_t end) {
     AT_LEVEL(add_embeddings(e, tokens_of(x), out.mutable_data_ptr(), scale, begin, end));

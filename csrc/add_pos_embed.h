@@ -16,24 +16,24 @@ inline void add_to_frames(const float* embedding, const Tokens& x, scalar_t* out
   }
 }
 
-// Tokens `[begin, end)`, counted by row, column and frame: a cell goes with its first frame.
+// Tokens `[begin, end)`, counted by image row, column and frame: a cell goes with its first frame.
 inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out, float* scales,
                            int64_t begin, int64_t end) {
   std::vector<float> embedding(e.num_channels);
-  const auto width = [&](int64_t grid) {
-    return e.geometry.width(grid) * num_frames(e.geometry, grid);
-  };
+  const auto after = std::upper_bound(e.image_rows.begin(), e.image_rows.end(), begin,
+                                      [](int64_t token, const ImageRow& r) {
+                                        return token < r.begin;
+                                      });
   with_scalar(e.table_dtype, [&](auto table_scalar) {
     using table_t = decltype(table_scalar);
+    const auto cell_at = [&](int64_t row, int64_t col) {
+      return (const table_t*)e.table + row * e.stride_row + col * e.stride_col;
+    };
     RowResizer<table_t> resize_row(e.num_channels, false);
-    for_row_parts(e.geometry, begin, end, width,
-                  [&](int64_t grid, int64_t row, int64_t left, int64_t right) {
-      const int64_t frames = num_frames(e.geometry, grid);
+    for (auto r = after - 1; r->begin < end; ++r) {
+      const int64_t grid = r->grid, row = r->row, frames = num_frames(e.geometry, grid);
       const int64_t area = e.geometry.height(grid) * e.geometry.width(grid);
       const ResizeMatrix &rows = *e.rows[grid], &cols = *e.cols[grid];
-      const auto cell_at = [&](int64_t y, int64_t x) {
-        return (const table_t*)e.table + y * e.stride_row + x * e.stride_col;
-      };
       const auto add = [&](int64_t col) {
         const int64_t token = e.geometry.first(grid) + e.cells[grid](row, col);
         with_scalar(x.dtype, [&](auto scalar) {
@@ -43,41 +43,46 @@ inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out, float*
         for (int64_t frame = 0; scales && frame < frames; ++frame)
           scales[token + frame * area] = rows.scales[row] * cols.scales[col];
       };
-      const auto first_cell = [&](int64_t token) { return (token + frames - 1) / frames; };
-      resize_row(rows, row, cols, first_cell(left), first_cell(right), cell_at,
+      const auto first_cell = [&](int64_t token) {
+        return (token - r->begin + frames - 1) / frames;
+      };
+      resize_row(rows, row, cols, first_cell(std::max(begin, r->begin)),
+                 first_cell(std::min(end, (r + 1)->begin)), cell_at,
                  [&](int64_t) { return embedding.data(); }, add);
-    });
+    }
   });
 }
 
 // Kahan's sum: what is lost to rounding goes into the next term, however many there are.
 inline void add_exactly(Floats& sum, Floats& lost, Floats term) {
   term -= lost;
-  const Floats rounded = sum + term;
-  lost = (rounded - sum) - term;
+  const Floats after = sum + term;
+  lost = (after - sum) - term;
   lost = lost == lost ? lost : Floats{};  // nothing once the sum is infinite
-  sum = rounded;
+  sum = after;
 }
 
 // The sum over its frames of each clip's gradient, tokens `[begin, end)` counted with the frames
 // innermost.
 inline void sum_frames(const PosEmbed& e, const Tokens& grad, int64_t begin, int64_t end) {
-  const auto width = [&](int64_t grid) { return e.geometry.first(grid + 1) - e.geometry.first(grid); };
+  const auto width = [&](int64_t grid) {
+    return e.geometry.first(grid + 1) - e.geometry.first(grid);
+  };
   with_scalar(grad.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     for_row_parts(e.geometry, begin, end, width,
                   [&](int64_t grid, int64_t, int64_t left, int64_t right) {
-      const int64_t frames = num_frames(e.geometry, grid);
+      const int64_t frames = num_frames(e.geometry, grid), last = (right + frames - 1) / frames;
+      const int64_t stride = e.geometry.height(grid) * e.geometry.width(grid) * grad.stride;
       if (frames == 1) return;
-      const int64_t area = e.geometry.height(grid) * e.geometry.width(grid);
-      const int64_t last = (right + frames - 1) / frames;
       for (int64_t cell = (left + frames - 1) / frames; cell < last; ++cell) {
-        const scalar_t* in = (const scalar_t*)grad.data + (e.geometry.first(grid) + cell) * grad.stride;
+        const int64_t token = e.geometry.first(grid) + cell;
+        const scalar_t* in = (const scalar_t*)grad.data + token * grad.stride;
         float* out = e.frame_sums[grid] + cell * e.num_channels;
         for_lanes(e.num_channels, [&](int64_t c, auto n) {
           Floats sum{}, lost{};
           for (int64_t frame = 0; frame < frames; ++frame)
-            add_exactly(sum, lost, load(in + frame * area * grad.stride + c, n));
+            add_exactly(sum, lost, load(in + frame * stride + c, n));
           store(out + c, sum, n);
         });
       }

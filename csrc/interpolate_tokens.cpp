@@ -1,4 +1,4 @@
-// Resizing the feature maps of packed images; the maths is in patchpack.reference.interpolate_tokens.
+// Resizing maps of packed images; the maths is in patchpack.reference.interpolate_tokens.
 #include "resample_tables.h"
 
 namespace patchpack {

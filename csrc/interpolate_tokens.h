@@ -6,15 +6,16 @@ namespace patchpack::LEVEL {
 // A part of a row of tokens that are made, and the frame it is made of.
 struct RowPart {
   const ResizeMatrix &rows, &cols;
-  int64_t row, begin, end;            // in the frame; its columns
-  int64_t from_start, to_start;       // first token of the frame on either side
+  int64_t row, begin, end;       // in the frame; its columns
+  int64_t from_start, to_start;  // first token of the frame on either side
   const CellTokens &from_cell, &to_cell;
 };
 
 template <typename Body>
 inline void for_parts(const Resize& r, int64_t begin, int64_t end, const Body& body) {
   const auto width = [&](int64_t grid) { return r.to.width(grid); };
-  for_row_parts(r.to, begin, end, width, [&](int64_t grid, int64_t row, int64_t left, int64_t right) {
+  for_row_parts(r.to, begin, end, width,
+                [&](int64_t grid, int64_t row, int64_t left, int64_t right) {
     const int64_t to_height = r.to.height(grid), frame = row / to_height;
     const int64_t from_area = r.from.height(grid) * r.from.width(grid);
     body(RowPart{*r.rows[grid], *r.cols[grid], row % to_height, left, right,

@@ -2,8 +2,8 @@
 //
 // All modes are one formula. An axis has integers `slope`, `offset` and `unit` such that output `o`
 // looks at the coordinate `(slope * o + offset) / unit` of the input. Input `i` is then
-// `i * unit - (slope * o + offset)` away from it, and its weight is a function of this distance that
-// is zero from some reach on. Coordinates and distances are exact.
+// `i * unit - (slope * o + offset)` away from it, and its weight is a function of this distance
+// that is zero from some reach on. Coordinates and distances are exact.
 #pragma once
 
 #include <cmath>
@@ -85,11 +85,10 @@ HOST_DEVICE Taps find_taps(Filter filter, const ResampledAxis& a, int64_t o) {
 
 // Weight at a distance; up to a factor where weights are normalised.
 HOST_DEVICE float weight_at(Filter filter, const ResampledAxis& a, int64_t distance) {
-  const float z = (float)(distance < 0 ? -distance : distance) / (float)a.size;
-  if (filter.mode == ResampleMode::bilinear) {
-    const int64_t rest = a.size - (distance < 0 ? -distance : distance);
-    return rest > 0 ? (float)rest / (float)a.size : 0.0f;
-  }
+  const int64_t away = distance < 0 ? -distance : distance;
+  const float size = (float)a.size, z = (float)away / size;
+  if (filter.mode == ResampleMode::bilinear)
+    return away < a.size ? (float)(a.size - away) / size : 0.0f;
   if (filter.mode == ResampleMode::bicubic) {
     const float A = filter.antialias ? -0.5f : -0.75f;
     if (z < 1.0f) return 1.0f - z * z * ((A + 3.0f) - (A + 2.0f) * z);

@@ -2,8 +2,8 @@
 
 namespace patchpack::LEVEL {
 
-// `body(grid, row, begin, end)` for each row, or part of one, of the tokens `[begin, end)`. Rows are
-// as wide as `width(grid)` says and counted through a grid's frames.
+// `body(grid, row, begin, end)` for each row, or part of one, of the tokens `[begin, end)`. Rows
+// are as wide as `width(grid)` says and counted through a grid's frames.
 template <typename Width, typename Body>
 inline void for_row_parts(const Geometry& geometry, int64_t begin, int64_t end, const Width& width,
                           const Body& body) {

@@ -21,6 +21,7 @@ OPTIONS = [
     {"mode": "bicubic"},
     {"mode": "bicubic", "align_corners": True},
     {"mode": "bicubic", "antialias": True},
+    {"mode": "bicubic", "align_corners": True, "antialias": True},
 ]
 MODELS = {
     "oryx.rescale_positional_embedding": {},

@@ -16,6 +16,7 @@ MODES = [
     ("bicubic", {}),
     ("bicubic", {"align_corners": True}),
     ("bicubic", {"antialias": True}),
+    ("bicubic", {"align_corners": True, "antialias": True}),
     ("area", {}),
     ("max", {}),
     ("nearest", {}),
