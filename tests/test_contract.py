@@ -78,7 +78,7 @@ def test_native_has_the_same_bits_for_any_number_of_threads(op):
     for case, dtype in itertools.product(SPECS[op].cases, (torch.float32, torch.bfloat16)):
         subject = Subject(op, case, dtype, "native")
         # enough tokens that there is work for every thread
-        inputs = subject.inputs(sizes=[(1, 48, 72), (2, 72, 48)], **subject.without_padding)
+        inputs = subject.inputs(sizes=[(1, 48, 72), (1, 72, 48)], **subject.without_padding)
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
