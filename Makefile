@@ -41,7 +41,8 @@ sanitize: $(env)
 	$(bin)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib \
-	$(bin)/pytest -k "native and not native_vit"
+	$(bin)/pytest -n auto --maxprocesses 8 \
+	-k "native and not (native_vit or opcheck or compiled or meta_and_fake)"
 
 # one wheel on several versions of torch: gigabytes, and minutes for each
 abi: $(env)

@@ -1,5 +1,5 @@
 // Includes the file KERNELS once for each level: see level.h. With KERNELS_USE_BF16 defined it is
-// also compiled for the CPU's bfloat16 products; otherwise that level is the one below.
+// also compiled for the CPU's bfloat16 and 8-bit products; otherwise that level is the one below.
 #include "level.h"
 
 #include <algorithm>
@@ -48,13 +48,15 @@ BEGIN_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
 END_TARGET
 
 #if defined(KERNELS_USE_BF16)
-BEGIN_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+BEGIN_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define LEVEL avx512_bf16
 #define LEVEL_HAS_BF16 1
+#define LEVEL_HAS_VNNI 1
 #include "vec.h"
 #include KERNELS
 #undef LEVEL
 #undef LEVEL_HAS_BF16
+#undef LEVEL_HAS_VNNI
 END_TARGET
 #else
 namespace patchpack { namespace avx512_bf16 = avx512; }

@@ -25,7 +25,7 @@ Level best() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && bf16) return Level::avx512_bf16;
+  if (avx512 && bf16 && __builtin_cpu_supports("avx512vnni")) return Level::avx512_bf16;
   if (avx512) return Level::avx512;
   if (avx2) return Level::avx2;
 #endif

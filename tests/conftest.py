@@ -56,3 +56,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cpu_capability(request):
+    """The instructions that native kernels use, or skip where this CPU does not have them."""
+    if (reason := patchpack.available("rope", "native")) is not None:
+        pytest.skip(reason)
+    before = torch.ops.patchpack.cpu_capability("")
+    try:
+        torch.ops.patchpack.cpu_capability(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    yield
+    torch.ops.patchpack.cpu_capability(before)

@@ -226,7 +226,7 @@ def test_a_second_derivative_is_refused(impl):
     table = torch.randn(2, 2, 2, requires_grad=True)
     y = add_pos_embed(torch.randn(12, 2), table, PackedGrid([(3, 4)]), impl=impl)
     (grad,) = torch.autograd.grad(y.square().sum(), table, create_graph=True)
-    with pytest.raises(RuntimeError, match="add_pos_embed_backward.* has no gradient"):
+    with pytest.raises(RuntimeError, match=r"add_pos_embed_backward.* has no gradient"):
         grad.sum().backward()
 
 

@@ -40,18 +40,6 @@ def test_triton_in_the_interpreter(check, subject):
     CHECKS[check](subject)
 
 
-@pytest.fixture
-def cpu_capability(request):
-    """The instructions that native kernels use, or skip where this CPU does not have them."""
-    before = torch.ops.patchpack.cpu_capability("")
-    try:
-        torch.ops.patchpack.cpu_capability(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).partition("\n")[0])
-    yield
-    torch.ops.patchpack.cpu_capability(before)
-
-
 @needs_native
 @pytest.mark.parametrize(("check", "subject"), _subjects("native"))
 def test_native(check, subject):

@@ -121,7 +121,7 @@ def test_a_second_derivative_is_refused(mode, impl):
     x = torch.randn(12, 2, requires_grad=True)
     y, _ = interpolate_tokens(x, PackedGrid([(3, 4)]), (2, 2), mode=mode, impl=impl)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="interpolate_tokens_backward.* has no gradient"):
+    with pytest.raises(RuntimeError, match=r"interpolate_tokens_backward.* has no gradient"):
         grad.sum().backward()
 
 

@@ -148,7 +148,7 @@ def operator(name: str, impl: str) -> Callable:
 
 def define(
     schema: str,
-    launcher: str,
+    launcher: str | None,
     *,
     fake: Callable,
     setup_context: Callable | None = None,
@@ -159,13 +159,19 @@ def define(
     Args:
         schema: The operator in PyTorch's schema language.
         launcher: ``module:function`` under ``patchpack.kernels``, imported at the first call, with
-            the schema's arguments; the first one is a tensor, or a list of some.
+            the schema's arguments; the first one is a tensor, or a list of some. ``None`` for a
+            fusion of other ops that only an extension has: no op by itself, ``available`` does not
+            know it.
         fake: Shapes and dtypes of the outputs.
         setup_context: Saves what ``backward`` needs, ``(ctx, inputs, output)``. It finds the
             implementation that runs in ``ctx.impl``.
         backward: Gradients of the inputs. Without it, asking for them raises.
     """
     name = schema.partition("(")[0]
+    for impl in _COMPILED:
+        _register(schema.replace(name, f"{name}.{impl}", 1), impl, fake, setup_context, backward)
+    if launcher is None:
+        return
     module, _, function = launcher.partition(":")
 
     def launch(*args):
@@ -185,8 +191,6 @@ def define(
     _register(schema, "triton", fake, setup_context, backward)
     _LIBRARY.impl(name, launch_cuda, "CUDA")
     _LIBRARY.impl(name, launch_cpu, "CPU")
-    for impl in _COMPILED:
-        _register(schema.replace(name, f"{name}.{impl}", 1), impl, fake, setup_context, backward)
     if not name.endswith("_backward"):
         _UNAVAILABLE[name] = {impl: _reason(name, impl) for impl in IMPLS}
 
