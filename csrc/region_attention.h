@@ -1,6 +1,6 @@
 // Kernels of patchpack.ops.region_attention for one level of the CPU: see level.h. What a pass over
 // memory will want next is prefetched by one that computes.
-#include "sum_kernels.h"
+#include "channel_sums.h"
 
 namespace patchpack::LEVEL {
 
