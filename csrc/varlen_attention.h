@@ -331,10 +331,10 @@ struct Backward : Blocks<scalar_t> {
     float* s_rows = kPack == 1 ? of_keys(grad_p, key) : grad_s_along.data;
     float* s_columns = kPack == 1 ? of_keys(grad_p, key) : grad_s_across.data;
     const int64_t vectors = block.vectors(kLanes), stride = stride_p;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Floats of_p = load((kAnew ? norm : top).data + v * kLanes);
-      const Floats mean = load(delta.data + v * kLanes);
-      Base::for_packs(num_keys, [&](int64_t r, auto n) {
+    Base::for_packs(num_keys, [&](int64_t r, auto n) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Floats of_p = load((kAnew ? norm : top).data + v * kLanes);
+        const Floats mean = load(delta.data + v * kLanes);
         Floats grad_s[kPack] = {};
         for (int i = 0; i < n; ++i) {
           const int64_t at = (r + i) * kBlockQ + v * kLanes;
@@ -344,8 +344,8 @@ struct Backward : Blocks<scalar_t> {
           Operand::store_along(s_rows + (r + i) * stride, v, grad_s[i]);
         }
         Operand::store_across(s_columns + r / kPack * kBlockQ, v, grad_s);
-      });
-    }
+      }
+    });
 
     const int64_t of_queries = (block.size + kPack - 1) / kPack;
     multiply<Operand>({p_rows, grad_rows.data, grad_v.data + key * stride_d, stride_p, stride_d,
