@@ -3,12 +3,13 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TRITON ?= 3.7.1
+ABI ?= 2.10.0 2.11.0 2.13.0 2.14.1
 
 env = .venv/torch-$(TORCH)-triton-$(TRITON)
-native = .venv/native
+native = python/patchpack/_C.abi3.so
 bin = .venv/bin
 
-.PHONY: demo test check bench mutate dev
+.PHONY: demo test check bench mutate sanitize abi dev
 
 demo: $(native)
 	$(bin)/python -m patchpack demo
@@ -16,10 +17,12 @@ demo: $(native)
 test: $(native)
 	$(bin)/pytest -n auto --maxprocesses 8
 
-check: $(env) python/patchpack/kernels
+check: $(native) python/patchpack/kernels
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/pyright --warnings
+	$(bin)/torch-abi-audit --check both $(native)
+	$(bin)/torch-abi-audit $(native) | grep -q "Min torch: *2.10.0"
 
 # glibc returns large blocks to the system at once and pays for their pages again: not what is timed
 bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
@@ -31,10 +34,26 @@ bench: $(native)
 mutate: $(native)
 	$(bin)/python tests/mutate.py
 
+# the native ops in a copy of the package whose C++ watches its memory and its arithmetic
+sanitize: watch = -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(env)
+	PATCHPACK_NATIVE=1 LDFLAGS="$(watch)" CXXFLAGS="$(watch) -fno-wrapv -O1 -g1 -D_GLIBCXX_ASSERTIONS" \
+	$(bin)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib \
+	$(bin)/pytest -n auto --maxprocesses 8 \
+	-k "native and not (native_vit or opcheck or compiled or meta_and_fake)"
+
+# one wheel on several versions of torch: gigabytes, and minutes for each
+abi: $(env)
+	rm -rf build/wheel
+	PATCHPACK_NATIVE=1 $(bin)/pip wheel --no-deps --no-build-isolation -w build/wheel .
+	$(bin)/python tests/abi.py build/wheel/*.whl $(ABI)
+
 dev: $(env) python/patchpack/kernels
 	$(bin)/pre-commit install
 
-$(env): pyproject.toml setup.py
+$(env): pyproject.toml
 	$(PYTHON) -m venv .venv
 	rm -f .venv/torch-*
 	$(bin)/pip install "torch==$(TORCH)" "triton==$(TRITON)"
@@ -42,9 +61,8 @@ $(env): pyproject.toml setup.py
 	touch $@
 
 # the C++ extension, beside the Python it belongs to
-$(native): $(env) $(wildcard csrc/*)
+$(native): $(env) setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	PATCHPACK_NATIVE=1 $(bin)/python setup.py -q build_ext --inplace
-	touch $@
 
 # untracked: type checkers and editors do not see the package map of pyproject.toml
 python/patchpack/kernels:

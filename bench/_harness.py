@@ -1,8 +1,9 @@
-"""All timing. Providers take turns: every round runs each of them once.
+"""All timing. Providers take turns, and the physical limit is one of them.
 
 Machines drift by more than providers differ, so that timing one to the end before the next, as a
-benchmark runner does, would compare two moments. pytest-benchmark gives the statistics and the
-layout of the results, which its ``pytest-benchmark compare`` reads.
+benchmark runner does, would compare two moments. A slow provider takes part in fewer rounds, spread
+over all of them. pytest-benchmark gives the statistics and the layout of the results, which its
+``pytest-benchmark compare`` reads.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,26 @@ PHOTOS = [
     *((14, 20), (30, 30), (12, 46), (26, 18), (20, 20), (34, 22), (24, 24), (44, 30)),
 ]
 
-ROUNDS = (7, 100)  # at least and at most, whatever SECONDS says
-SECONDS = 4.0  # for the rounds of one case
+LIBRARIES = ("triton", "transformers", "torchvision", "liger_kernel", "flash_attn")
+
+SECONDS = 0.6  # for the rounds of one provider
+ROUNDS = (5, 100)  # at least and at most, whatever SECONDS says
+REFERENCE_ROUNDS = 2  # at least: it is there to be right
+
+
+@dataclass(frozen=True)
+class Floor:
+    """How many times as fast as ``peer`` the ``provider`` has to be in a case.
+
+    ``peer`` is another provider or what bounds the op; ``direction`` is as in ``Case.params``.
+    """
+
+    shape: str
+    dtype: str
+    direction: str
+    peer: str
+    ratio: float
+    provider: str = "native"
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,11 @@ class Bench:
     count the least work of the forward pass, or with ``backward=True`` of both passes. ``bound``
     names what limits the op, ``"copy"`` or ``"matmul"``. ``peers`` are other ways to compute it,
     beside ``_providers`` or in their place: functions that take the inputs and prepare a function
-    of the op's keyword arguments. ``backward`` says whether there is a backward pass.
+    of the op's keyword arguments. Where ``op`` is not of the catalogue they are all there are, and
+    the first is what the others have to compute. ``backward`` says whether there is a backward
+    pass, ``dtypes`` which dtypes there are if those of the command line do not apply, and
+    ``floors`` how fast it has to be. ``threads`` is how many work on what a data loader does, on
+    CPUs alone. ``max_relative_rms`` is how far providers may differ, if not as rounding does.
     """
 
     op: str
@@ -66,6 +91,10 @@ class Bench:
     bound: str
     peers: dict[str, MakeProvider]
     backward: bool = True
+    dtypes: tuple[str, ...] = ()
+    floors: tuple[Floor, ...] = ()
+    threads: int | None = None
+    max_relative_rms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +135,24 @@ def heads(
     return q, k, v
 
 
-def run_case(case: Case, quick: bool) -> tuple[list[dict], list[dict]]:
-    """Time every provider of a case.
+def photo(height: int, width: int, device: str) -> Tensor:
+    """Noise, but as smooth as photos are: bytes ``[3, H, W]``, a view of ``[H, W, 3]``.
+
+    Pillow and NumPy hold photos channels last.
+    """
+    y = torch.arange(height, device=device)[:, None, None]
+    x = torch.arange(width, device=device)[:, None]
+    wave = 127 + 90 * torch.sin(y / 31) * torch.cos(x / 47 + torch.arange(3, device=device))
+    noise = torch.randint(-30, 31, (height, width, 3), device=device)
+    return (wave + noise).to(torch.uint8).permute(2, 0, 1)
+
+
+def run_case(case: Case, quick: bool) -> dict[str, list[dict]]:
+    """Time every provider of a case, and what bounds it.
 
     Returns:
-        Results in pytest-benchmark's layout, and the providers that were not timed, with reasons.
+        ``benchmarks``: results in pytest-benchmark's layout; ``skipped``: the providers that were
+        not timed, with reasons; ``floors``: those of the case, with what was measured.
 
     Raises:
         WrongError: The op fails its accuracy check here, or a peer differs from the reference.
@@ -119,10 +161,38 @@ def run_case(case: Case, quick: bool) -> tuple[list[dict], list[dict]]:
     bench = case.bench
     shape = bench.tiny if quick else bench.shapes[case.shape]
     inputs = bench.make_inputs(case.dtype, case.device, **shape)
-    with torch.no_grad():
-        outputs = tensors(SPECS[bench.op].reference(**inputs))
-    cotangents = [torch.randn_like(x) for x in outputs if x.is_floating_point()]
+    clock = _clock(case.device)
+    with threads(bench.threads):
+        steps, skipped = _steps(case, inputs, quick)
+        clocks: dict[str, Callable[[], float]] = {
+            name: functools.partial(clock, step) for name, step in steps.items()
+        }
+        work = bench.bytes_moved(inputs, case.backward), bench.flops(inputs, case.backward)
+        clocks[bench.bound] = _limit(case, *work, clock)
+        stats = _interleave(clocks, quick)
+        limit_s = stats[bench.bound]["median"]
+        results = [_result(case, name, s, work, limit_s) for name, s in stats.items()]
+    return {"benchmarks": results, "skipped": skipped, "floors": _floors(case, results)}
 
+
+@contextmanager
+def threads(num_threads: int | None) -> Iterator[None]:
+    """Run the body on so many threads of the CPU, if any are named."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _steps(case: Case, inputs: Inputs, quick: bool) -> tuple[dict[str, Step], list[dict]]:
+    """What is timed of each provider, and those that cannot run, with reasons."""
+    cotangents: list[Tensor] = []
+    if case.backward:
+        with torch.no_grad():
+            outputs = tensors(SPECS[case.bench.op].reference(**inputs))
+        cotangents = [torch.randn_like(x) for x in outputs if x.is_floating_point()]
     steps: dict[str, Step] = {}
     skipped = []
     want = None
@@ -133,38 +203,43 @@ def run_case(case: Case, quick: bool) -> tuple[list[dict], list[dict]]:
         except WrongError:
             raise
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = re.split(r"\n|(?<=\.) ", str(error).strip())[0]  # its first sentence
             kind = "" if isinstance(error, UnavailableError) else f"{type(error).__name__}: "
             skipped.append({**case.params, "provider": name, "reason": kind + reason})
             continue
-        want = want or got  # the reference comes first
+        want = want or got  # what is right comes first
         _same(name, case, got, want)
         steps[name] = step
-    del want
-
-    work = bench.bytes_moved(inputs, case.backward), bench.flops(inputs, case.backward)
-    limit, scale = _limit(case, *work)
-    stats = _interleave({**steps, "limit": limit}, _clock(case.device), quick)
-    limit_s = stats.pop("limit")["median"] * scale
-    return [_result(case, name, s, work, limit_s) for name, s in stats.items()], skipped
+    return steps, skipped
 
 
 def _providers(case: Case, quick: bool) -> dict[str, MakeProvider]:
-    reference = SPECS[case.bench.op].reference
+    bench = case.bench
+    providers = dict(bench.peers)
+    if bench.op in SPECS:
+        reference = SPECS[bench.op].reference
 
-    def compiled(inputs: Inputs) -> Provider:
-        if quick:
-            raise UnavailableError("compiling takes longer than --quick may")
-        torch._dynamo.reset()
-        return torch.compile(reference, dynamic=False)
+        def compiled(inputs: Inputs) -> Provider:
+            if case.device == "cpu":
+                raise UnavailableError("compiling for a CPU takes longer than all that is timed")
+            torch._dynamo.reset()
+            return torch.compile(reference, dynamic=False)
 
-    return {
-        "reference": lambda inputs: reference,
-        "reference, compiled": compiled,
-        "triton": functools.partial(_ours, case, "triton"),
-        "native": functools.partial(_ours, case, "native"),
-        **case.bench.peers,
-    }
+        providers = {
+            "reference": lambda inputs: reference,
+            "reference, compiled": compiled,
+            "triton": functools.partial(_ours, case, "triton"),
+            "native": functools.partial(_ours, case, "native"),
+            **providers,
+        }
+    if quick:
+        slow = [name for name in providers if name.endswith(", compiled")]
+        providers |= dict.fromkeys(slow, _not_quick)
+    return providers
+
+
+def _not_quick(inputs: Inputs) -> Provider:
+    raise UnavailableError("compiling takes longer than --quick may")
 
 
 def _ours(case: Case, impl: str, inputs: Inputs) -> Provider:
@@ -203,39 +278,45 @@ def _step(provider: Provider, case: Case, inputs: Inputs, cotangents: Sequence[T
 
 def _same(name: str, case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
     """Whoever computes something else is no provider of this op."""
+    most = case.bench.max_relative_rms
+    if most is None:
+        most = 2 * MAX_RELATIVE_RMS.get(case.dtype, 0)  # both may err
     for x, y in zip(got, want, strict=True):
         error = torch.linalg.vector_norm(x.float() - y.float())
-        # both may err
-        if not error <= 2 * MAX_RELATIVE_RMS[case.dtype] * torch.linalg.vector_norm(y.float()):
+        if not error <= most * torch.linalg.vector_norm(y.float()):
             raise WrongError(f"{name} does not compute {case.bench.op}: {case.params}")
 
 
-def _limit(case: Case, num_bytes: int, flops: int) -> tuple[Step, float]:
-    """A copy or a matrix product of as much work, and what its time has to be multiplied by."""
+def _limit(
+    case: Case, num_bytes: int, flops: int, clock: Callable[[Step], float]
+) -> Callable[[], float]:
+    """Seconds of a copy or a matrix product of as much work."""
     if case.bench.bound == "copy":
         source = torch.ones(num_bytes // 8, device=case.device)
         target = torch.ones_like(source)
-        return lambda: [target.copy_(source)], 1.0
+        return lambda: clock(lambda: [target.copy_(source)])
     least = 1024 if case.device == "cpu" else 8192  # smaller products do not reach the peak
     n = max(least, math.ceil((flops / 2) ** (1 / 3) / 64) * 64)
     a, b = torch.randn(2, n, n, device=case.device).to(case.dtype)
-    return lambda: [torch.mm(a, b)], flops / (2 * n**3)
+    return lambda: clock(lambda: [torch.mm(a, b)]) * flops / (2 * n**3)
 
 
-def _interleave(
-    steps: dict[str, Step], clock: Callable[[Step], float], quick: bool
-) -> dict[str, dict[str, Any]]:
-    """Statistics of every step, in seconds."""
-    round_s = sum([clock(step) for step in steps.values()])
+def _interleave(clocks: dict[str, Callable[[], float]], quick: bool) -> dict[str, dict[str, Any]]:
+    """Statistics of the seconds that every provider takes."""
     least, most = (1, 1) if quick else ROUNDS
-    rounds = max(least, min(most, int(SECONDS / round_s)))
-    stats = {name: Stats() for name in steps}
+    turns: dict[str, int] = {}
+    for name, seconds in clocks.items():
+        few = min(least, REFERENCE_ROUNDS) if name == "reference" else least
+        turns[name] = max(few, min(most, int(SECONDS / seconds())))
+    rounds = max(turns.values())
+    stats = {name: Stats() for name in clocks}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name, step in steps.items():
-                stats[name].update(clock(step))
+        for i in range(rounds):
+            for name, seconds in clocks.items():
+                if i * turns[name] // rounds < (i + 1) * turns[name] // rounds:
+                    stats[name].update(seconds())
     finally:
         gc.enable()
     return {name: s.as_dict() for name, s in stats.items()}
@@ -281,6 +362,7 @@ def _result(
         "stats": {**stats, "iterations": 1},
         "extra_info": {
             **machine(case.device),
+            "threads": torch.get_num_threads(),
             "bytes": num_bytes,
             "flops": flops,
             "gb_per_s": num_bytes / median / 1e9,
@@ -291,6 +373,32 @@ def _result(
     }
 
 
+def _floors(case: Case, results: Sequence[dict]) -> list[dict]:
+    """The floors of a case: ``met`` is ``None`` where the peer was not timed."""
+    medians = {result["name"]: result["stats"]["median"] for result in results}
+    params = case.params
+    rows = []
+    for floor in case.bench.floors:
+        if (floor.shape, floor.dtype, floor.direction) != tuple(params.values())[1:]:
+            continue
+        ours, theirs = medians.get(floor.provider), medians.get(floor.peer)
+        measured = theirs / ours if ours and theirs else None
+        met = None if theirs is None else measured is not None and measured >= floor.ratio
+        rows.append(
+            {
+                **params,
+                "provider": floor.provider,
+                "peer": floor.peer,
+                "ratio": floor.ratio,
+                "measured": measured,
+                "met": met,
+                "limit": case.bench.bound,
+                "of_limit": medians[case.bench.bound] / ours if ours else None,
+            }
+        )
+    return rows
+
+
 @functools.cache
 def machine(device: str) -> dict[str, Any]:
     """What a number was measured on: versions, device, threads and the allocator's settings."""
@@ -299,7 +407,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "commit": commit["id"] + ("-dirty" if commit["dirty"] else ""),
         "torch": torch.__version__,
-        "triton": metadata.version("triton"),
+        **{name: metadata.version(name) for name in LIBRARIES if find_spec(name)},
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "allocator": {k: v for k, v in sorted(os.environ.items()) if k.startswith(tuned)},

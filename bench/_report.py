@@ -1,4 +1,4 @@
-"""What a run leaves: a file of results, a table and a picture."""
+"""What a run leaves: a file of results, tables and a picture."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
+# what is shown the same way for every op
+OURS = dict.fromkeys(("native", "triton", "patchpack"), "black") | {"reference": "silver"}
 CASE = ("op", "shape", "dtype", "direction")
 
 
-def merge(path: Path, results: list[dict], skipped: list[dict]) -> None:
-    """Put a run into a file of results, in place of what it has of the same cases."""
-    stored = json.loads(path.read_text()) if path.exists() else {"benchmarks": [], "skipped": []}
-    measured = {_case(result["params"]) for result in results}
-    kept = [b for b in stored["benchmarks"] if _case(b["params"]) not in measured]
-    stored = {
-        "benchmarks": sorted(kept + results, key=lambda b: b["params"]["op"]),
-        "skipped": [s for s in stored["skipped"] if _case(s) not in measured] + skipped,
-    }
+def merge(path: Path, found: dict[str, list[dict]]) -> None:
+    """Put results of cases into a file, in place of what it has of the same cases."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    measured = set(map(_case, found["benchmarks"]))
+    for kind, rows in found.items():
+        kept = [row for row in stored.get(kind, []) if _case(row) not in measured]
+        stored[kind] = sorted(kept + rows, key=lambda row: _case(row)[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")
 
 
-def _case(params: dict) -> tuple[str, ...]:
+def _case(row: dict) -> tuple[str, ...]:
+    params = row.get("params", row)
     return tuple(params[name] for name in CASE)
 
 
@@ -52,6 +54,26 @@ def show(results: list[dict], console: Console) -> None:
     console.print(table)
 
 
+def show_floors(floors: list[dict], console: Console) -> None:
+    """Print how fast ops have to be, and how fast they are."""
+    table = Table(title="floors", title_justify="left", min_width=88)
+    table.add_column("case")
+    table.add_column("against")
+    for heading in ("floor", "measured", "of limit", ""):
+        table.add_column(heading, justify="right")
+    for floor in floors:
+        measured, reached = floor["measured"], floor["of_limit"]
+        table.add_row(
+            ", ".join(floor[name] for name in CASE),
+            floor["peer"],
+            f"{floor['ratio']:.2f}",
+            f"{measured:.2f}" if measured else "-",
+            f"{reached:.0%} of {floor['limit']}" if reached else "-",
+            {True: "met", False: "missed", None: "no peer"}[floor["met"]],
+        )
+    console.print(table)
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
@@ -59,36 +81,69 @@ def _milliseconds(seconds: float) -> str:
 def plot(path: Path) -> None:
     """Draw, beside a file of results, how much of its limit every provider reaches."""
     results = json.loads(path.read_text())["benchmarks"]
-    ops = {op: list(members) for op, members in groupby(results, lambda r: r["params"]["op"])}
-    cases = {op: list(dict.fromkeys(r["group"] for r in members)) for op, members in ops.items()}
-    palette = matplotlib.colormaps["tab20"].resampled(20)
-    names = dict.fromkeys(r["name"] for r in results)
-    # strong colours first, then the pale ones
-    colors = {name: palette((2 * i + i // 10) % 20) for i, name in enumerate(names)}
-    rows = [len(groups) for groups in cases.values()]
-    figure, all_axes = plt.subplots(
-        *(len(ops), 1),
-        figsize=(9, 0.27 * sum(rows) + 0.5 * len(ops) + 0.7),
-        height_ratios=rows,
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (op, members), axes in zip(ops.items(), all_axes[:, 0], strict=True):
-        for result in members:
-            stats, reached = result["stats"], result["extra_info"]["of_limit"]
-            low, high = (reached * stats["median"] / stats[q] for q in ("q3", "q1"))
-            y = cases[op].index(result["group"])
-            spread = [[reached - low], [high - reached]]
-            axes.errorbar(reached, y, xerr=spread, fmt="o", color=colors[result["name"]])
-        axes.set_yticks(range(len(cases[op])), [g.removeprefix(f"{op}, ") for g in cases[op]])
-        axes.set_ylim(len(cases[op]) - 0.5, -0.5)
-        axes.set_title(op, loc="left", fontsize="medium", fontweight="bold")
-        axes.grid(alpha=0.3)
-        axes.axvline(1, color="black", linewidth=1)
-    all_axes[-1, 0].set(xscale="log", xlabel="of the physical limit, with quartiles")
-    for name, color in colors.items():
-        all_axes[0, 0].plot([], [], "o", color=color, label=name)
-    figure.legend(loc="outside upper center", ncols=4)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    ops = {op: list(rows) for op, rows in groupby(results, lambda r: r["params"]["op"])}
+    heights = {op: len({r["group"] for r in rows}) + 3 for op, rows in ops.items()}
+    columns: list[list[str]] = [[], []]
+    for op, height in heights.items():
+        left = sum(heights[name] for name in columns[0])
+        columns[2 * left + height > sum(heights.values())].append(op)
+    columns = [column for column in columns if column]
+    tallest = max(sum(heights[op] for op in column) for column in columns)
+    figure = plt.figure(figsize=(9 * len(columns), 0.2 * tallest + 1), layout="constrained")
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column in zip(parts, columns, strict=True):
+        all_axes = part.subplots(
+            *(len(column), 1),
+            height_ratios=[heights[op] for op in column],
+            sharex=True,
+            squeeze=False,
+        )[:, 0]
+        for op, axes in zip(column, all_axes, strict=True):
+            _plot_op(op, ops[op], axes)
+        all_axes[-1].set(xscale="log", xlabel="of the physical limit, with quartiles")
+    figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
+
+
+def _plot_op(op: str, results: list[dict], axes: Axes) -> None:
+    cases = list(dict.fromkeys(r["group"] for r in results))
+    special = {*OURS, results[0]["extra_info"]["limit"]}
+    peers = [name for name in dict.fromkeys(r["name"] for r in results) if name not in special]
+    colors = OURS | {name: f"C{i}" for i, name in enumerate(peers)}
+    for name, color in colors.items():
+        rows = [r for r in results if r["name"] == name]
+        reached = [r["extra_info"]["of_limit"] for r in rows]
+        ends = [
+            [
+                x * abs(r["stats"]["median"] / r["stats"][q] - 1)
+                for x, r in zip(reached, rows, strict=True)
+            ]
+            for q in ("q3", "q1")
+        ]
+        places = [cases.index(r["group"]) for r in rows]
+        if rows:
+            axes.errorbar(
+                reached,
+                places,
+                xerr=ends,
+                fmt="D" if name in OURS else "o",
+                color=color,
+                label=name,
+            )
+    axes.set_yticks(range(len(cases)), [g.removeprefix(f"{op}, ") for g in cases], fontsize=8)
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.grid(alpha=0.3)
+    axes.axvline(1, color="black", linewidth=1)
+    legend = axes.legend(
+        title=op,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+        alignment="left",
+        handletextpad=0,
+        columnspacing=1,
+        borderpad=0.2,
+    )
+    legend.get_title().set_fontweight("bold")

@@ -85,6 +85,12 @@ def complex_product(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
     return rotate
 
 
+def _compiled(provider: Provider) -> Provider:
+    torch._dynamo.reset()
+    rotate = torch.compile(lambda q, k: provider(q=q, k=k), dynamic=False)
+    return lambda q, k, **_: rotate(q, k)
+
+
 def _halves_only(interleaved: bool) -> None:
     if interleaved:
         raise UnavailableError("it turns channels that are half a head apart only")
@@ -94,6 +100,7 @@ def peers(op: str, transformers: RotaryPeer = transformers_vision) -> dict[str, 
     """The peers of a rotary op."""
     libraries: dict[str, RotaryPeer] = {
         "transformers": transformers,
+        "transformers, compiled": lambda *table: _compiled(transformers(*table)),
         "complex product": complex_product,
         "Liger": liger,
         "flash-attn": flash_attn,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from _harness import Bench, Provider
+from _harness import Bench, Floor, Provider
 from patchpack import PackedGrid
 from patchpack.testing.catalogue import Inputs
 
@@ -78,10 +78,12 @@ def _embedding_bag(inputs: Inputs) -> Provider:
     return lambda x, **_: F.embedding_bag(indices, x, mode="sum", per_sample_weights=weights)
 
 
+MAPS = "32 ragged maps, C1152"
+
 BENCH = Bench(
     op="interpolate_tokens",
     shapes={
-        "32 ragged maps, C1152": {"sizes": RAGGED, "channels": 1152},
+        MAPS: {"sizes": RAGGED, "channels": 1152},
         "video of 16 frames 27x27, C3584": {"sizes": [(16, 27, 27)], "channels": 3584},
     },
     tiny={"sizes": [(5, 4), (3, 6)], "channels": 8},
@@ -95,4 +97,9 @@ BENCH = Bench(
         "gather": _gather,
         "F.embedding_bag": _embedding_bag,
     },
+    floors=tuple(
+        Floor(MAPS, dtype, "forward", peer, ratio)
+        for dtype in ("float32", "bfloat16")
+        for peer, ratio in (("F.interpolate loop", 12), ("copy", 1 / 1.1))
+    ),
 )

@@ -84,4 +84,5 @@ BENCH = Bench(
     flops=_flops,
     bound="copy",
     peers={"views, F.layer_norm": _permute},
+    max_relative_rms=1e-1,  # F.layer_norm errs by 0.05 in bfloat16 gradients of weight and bias
 )

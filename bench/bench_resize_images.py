@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import PIL.Image
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from _harness import Bench, Provider
+from _harness import Bench, Provider, photo
 from patchpack.systems.qwen2_vl import smart_resize
 from patchpack.testing.catalogue import Inputs
 
 
-def _make_inputs(dtype, device, photos, max_pixels) -> Inputs:
-    """Photos as Pillow and NumPy hold them, channels last: noise, but as smooth as photos are."""
-    images = []
-    for height, width in photos:
-        y = torch.arange(height, device=device)[:, None, None]
-        x = torch.arange(width, device=device)[:, None]
-        wave = 127 + 90 * torch.sin(y / 31) * torch.cos(x / 47 + torch.arange(3, device=device))
-        noise = torch.randint(-30, 31, (height, width, 3), device=device)
-        images.append((wave + noise).to(torch.uint8).permute(2, 0, 1))
-    return {"images": images, "sizes": [smart_resize(*p, max_pixels=max_pixels) for p in photos]}
+def _make_inputs(dtype, device, photos, sizes) -> Inputs:
+    return {"images": [photo(h, w, device) for h, w in photos], "sizes": sizes}
 
 
 def _bytes_moved(inputs: Inputs, backward: bool) -> int:
@@ -52,16 +45,35 @@ def _pillow(inputs: Inputs) -> Provider:
     return resize
 
 
-# F.interpolate(uint8, antialias=True), what torchvision calls, is no peer: it rounds its weights to
-# 16 bits, and the harness times nothing that computes something else
+def _interpolate(inputs: Inputs) -> Provider:
+    """What torchvision calls."""
+
+    def resize(images: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
+        return [
+            F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+            for image, size in zip(images, sizes, strict=True)
+        ]
+
+    return resize
+
+
+PHOTO = (960, 1280)
+
 BENCH = Bench(
     op="resize_images",
-    shapes={"4 photos 960x1280, Qwen2-VL": {"photos": [(960, 1280)] * 4, "max_pixels": 1003520}},
-    tiny={"photos": [(60, 80), (50, 30)], "max_pixels": 1003520},
+    shapes={
+        "4 photos 960x1280, Qwen2-VL": {
+            "photos": [PHOTO] * 4,
+            "sizes": [smart_resize(*PHOTO, max_pixels=1003520)] * 4,
+        }
+    },
+    tiny={"photos": [(60, 80), (50, 30)], "sizes": [(56, 84), (84, 56)]},
     make_inputs=_make_inputs,
     bytes_moved=_bytes_moved,
     flops=_flops,
     bound="copy",
-    peers={"Pillow, image by image": _pillow},
+    peers={"Pillow, image by image": _pillow, "F.interpolate, image by image": _interpolate},
     backward=False,
+    dtypes=("float32",),  # unused: all are bytes
+    max_relative_rms=1e-2,  # F.interpolate rounds its weights to 16 bits
 )

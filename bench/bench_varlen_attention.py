@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from _harness import PHOTOS, Bench, Provider, UnavailableError, heads
+from _harness import PHOTOS, Bench, Floor, Provider, UnavailableError, heads
 from patchpack.testing.catalogue import Inputs
 
 
@@ -54,6 +55,29 @@ def _sdpa_loop(inputs: Inputs) -> Provider:
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, **_) -> Tensor:
         qs, ks, vs = (x[None].split(lengths, dim=1) for x in (q, k, v))
         outs = [_sdpa(*segment, causal) for segment in zip(qs, ks, vs, strict=True)]
+        return torch.cat(outs, dim=1)[0]
+
+    return attend
+
+
+def _eager_loop(inputs: Inputs) -> Provider:
+    """As transformers splits and calls its eager attention: product, float32 softmax, product."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward  # pyright: ignore[reportMissingImports]
+
+    q, k = inputs["q"], inputs["k"]
+    lengths, scale = _lengths(inputs), q.shape[2] ** -0.5
+    module = types.SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False)
+    masks: dict[int, Tensor | None] = dict.fromkeys(lengths)
+    if inputs["causal"]:
+        for n in masks:
+            masks[n] = torch.full((n, n), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
+        qs, ks, vs = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
+        outs = [
+            eager_attention_forward(module, *segment, masks[segment[0].shape[2]], scale)[0]  # pyright: ignore[reportArgumentType]
+            for segment in zip(qs, ks, vs, strict=True)
+        ]
         return torch.cat(outs, dim=1)[0]
 
     return attend
@@ -123,12 +147,14 @@ def _flash_attn(inputs: Inputs) -> Provider:
 
 
 VISION = {"num_heads": (16, 16), "head_dim": 80}
+PACKED, WINDOWS, SMALL = "Qwen2-VL, 16 photos", "Qwen2.5-VL, 128 windows of 64", "512 windows of 16"
+
 BENCH = Bench(
     op="varlen_attention",
     shapes={
-        "Qwen2-VL, 16 photos": {"lengths": [h * w for h, w in PHOTOS], **VISION},
-        "Qwen2.5-VL, 128 windows of 64": {"lengths": [64] * 128, **VISION},
-        "512 windows of 16": {"lengths": [16] * 512, **VISION},
+        PACKED: {"lengths": [h * w for h, w in PHOTOS], **VISION},
+        WINDOWS: {"lengths": [64] * 128, **VISION},
+        SMALL: {"lengths": [16] * 512, **VISION},
         "Qwen2-VL-7B text, causal": {
             "lengths": [512, 3072, 1536],
             "num_heads": (28, 4),
@@ -144,9 +170,17 @@ BENCH = Bench(
     peers={
         "reference, compiled": _compiled,
         "SDPA loop": _sdpa_loop,
+        "eager loop": _eager_loop,
         "SDPA of a batch": _sdpa_batch,
         "FlexAttention": _flex_attention,
         "torch varlen_attn": _torch_varlen,
         "flash-attn": _flash_attn,
     },
+    floors=(
+        Floor(PACKED, "float32", "forward", "matmul", 0.85),
+        Floor(PACKED, "bfloat16", "forward", "eager loop", 1.8),
+        Floor(PACKED, "bfloat16", "forward+backward", "eager loop", 1.6),
+        Floor(WINDOWS, "bfloat16", "forward+backward", "SDPA loop", 4),
+        Floor(SMALL, "bfloat16", "forward+backward", "SDPA loop", 10),
+    ),
 )

@@ -1,4 +1,7 @@
-"""Time ops against their peers: ``python bench/run.py [op ...] [--device cuda] [--out DIR]``."""
+"""Time ops against their peers: ``python bench/run.py [op ...] [--device cuda] [--out DIR]``.
+
+With ``--check`` the exit status is 1 if a floor is missed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import importlib
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -13,51 +17,60 @@ from rich.console import Console
 from rich.progress import track
 
 from _harness import Bench, Case, machine, run_case
-from _report import merge, plot, show
+from _report import merge, plot, show, show_floors
 from patchpack.testing.catalogue import SPECS
 
 HERE = Path(__file__).parent
-OPS = sorted(SPECS)
+OPS = sorted([*SPECS, "metadata", "preprocess"])
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("op", nargs="*", choices=[*OPS, []], help="all of them by default")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="float32 and bfloat16")
     parser.add_argument("--quick", action="store_true", help="one round of one tiny shape")
+    parser.add_argument("--check", action="store_true", help="fail if a floor is missed")
     parser.add_argument("--out", type=Path, help="bench/results, and with --quick build/bench")
     args = parser.parse_args()
     out = args.out or (HERE.parent / "build/bench" if args.quick else HERE / "results")
 
     console = Console()
+    console.width = max(console.width, 110)
     info = machine(args.device)
     console.print(", ".join(f"{name} {value}" for name, value in info.items()), highlight=False)
     cases = [
         Case(bench, shape, getattr(torch, dtype), backward, args.device)
-        for bench in map(_bench, args.op or OPS)
+        for bench in map(bench_of, args.op or OPS)
+        if not bench.threads or args.device == "cpu"
         for shape, dtype, backward in itertools.product(
             ["tiny"] if args.quick else bench.shapes,
-            args.dtype or DTYPES[:2],
+            bench.dtypes or args.dtype or DTYPES[:2],
             (False, True) if bench.backward else (False,),
         )
     ]
     path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
-    reasons = {}
+    reasons, floors = {}, []
     for case in track(cases, "timing", console=console):
-        results, skipped = run_case(case, args.quick)
-        show(results, console)
-        merge(path, results, skipped)
-        reasons |= {f"{s['op']}: no {s['provider']}: {s['reason']}": None for s in skipped}
+        found = run_case(case, args.quick)
+        show(found["benchmarks"], console)
+        merge(path, found)
+        reasons |= {f"{s['op']}: no {s['provider']}: {s['reason']}": None for s in found["skipped"]}
+        floors += found["floors"]
     for reason in reasons:
         console.print(reason, markup=False, highlight=False)
+    if floors:
+        show_floors(floors, console)
     plot(path)
     console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False)
+    if args.check and any(floor["met"] is False for floor in floors):
+        sys.exit(1)
 
 
-def _bench(op: str) -> Bench:
+def bench_of(op: str) -> Bench:
+    """What the bench file of an op says."""
     return importlib.import_module(f"bench_{op}").BENCH
 
 

@@ -5,6 +5,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "host_device.h"
 
@@ -25,6 +30,57 @@ inline Frequency frequency(int32_t axis, double base, long double numerator, lon
   turns = (turns - (long double)high) * 4294967296.0L;
   return {axis, high, (uint32_t)turns};
 }
+
+// Frequencies of the latest `key` asked for on this thread, from `make`: a model repeats its own.
+template <typename Key, typename Make>
+const std::vector<Frequency>& remembered(const Key& key, const Make& make) {
+  thread_local std::optional<std::pair<Key, std::vector<Frequency>>> latest;
+  if (!latest || latest->first != key) latest.emplace(key, make());
+  return latest->second;
+}
+
+// Of each pair of a head of rope_2d; axis 0 is the row, 1 the column.
+inline const std::vector<Frequency>& frequencies_2d(int64_t num_pairs, double base,
+                                                    const std::string& axes) {
+  return remembered(std::tuple(num_pairs, base, axes), [&] {
+    std::vector<Frequency> pairs;
+    const int64_t half = num_pairs / 2;
+    for (int64_t j = 0; j < num_pairs; ++j) {
+      const bool paired = axes == "paired";
+      const int32_t axis = paired ? 1 - j % 2 : j / half;
+      const int64_t exponent = 2 * (paired ? j / 2 : j % half) + (axes == "even_odd" ? axis : 0);
+      pairs.push_back(frequency(axis, base, exponent, num_pairs));
+    }
+    return pairs;
+  });
+}
+
+// Of each pair of a head of mrope that turns; axes are time, height and width.
+inline const std::vector<Frequency>& frequencies_3d(const std::vector<int64_t>& sections,
+                                                    bool interleaved, double base) {
+  return remembered(std::tuple(sections, interleaved, base), [&] {
+    const int64_t num_pairs = sections[0] + sections[1] + sections[2];
+    std::vector<Frequency> pairs;
+    for (int64_t j = 0; j < num_pairs; ++j) {
+      int32_t axis = j < sections[0] ? 0 : j < sections[0] + sections[1] ? 1 : 2;
+      if (interleaved) axis = j < 3 * sections[j % 3] ? j % 3 : 0;
+      pairs.push_back(frequency(axis, base, j, num_pairs));
+    }
+    return pairs;
+  });
+}
+
+// `position_ids` of mrope, `[3, T]`, int32 or int64.
+struct Positions {
+  const void* values;
+  bool is_long;
+  int64_t stride_axis, stride_token;
+
+  HOST_DEVICE int32_t at(int64_t axis, int64_t token) const {
+    const int64_t i = axis * stride_axis + token * stride_token;
+    return is_long ? (int32_t)((const int64_t*)values)[i] : ((const int32_t*)values)[i];
+  }
+};
 
 HOST_DEVICE void cos_sin(int32_t position, uint32_t high, uint32_t low, float& cos, float& sin) {
   const uint32_t distance = position < 0 ? 0u - (uint32_t)position : (uint32_t)position;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host_device.h"
 
@@ -35,19 +36,24 @@ struct Cell {
   int64_t row, col;
 };
 
-// Row and column of a frame's token, counted from the frame's first, in merge-block order.
-HOST_DEVICE Cell token_to_cell(int64_t token, int64_t width, int64_t merge) {
+// Row and column of a frame's token, counted from the frame's first, in merge-block order. Like the
+// next, it divides integers of the type of its first argument: a GPU is slow with 64 bits.
+template <typename Int>
+HOST_DEVICE Cell token_to_cell(Int token, std::type_identity_t<Int> width,
+                               std::type_identity_t<Int> merge) {
   if (merge == 1) return {token / width, token % width};
-  const int64_t block = token / (merge * merge), in_block = token % (merge * merge);
-  const int64_t blocks_in_row = width / merge;
+  const Int block = token / (merge * merge), in_block = token % (merge * merge);
+  const Int blocks_in_row = width / merge;
   return {block / blocks_in_row * merge + in_block / merge,
           block % blocks_in_row * merge + in_block % merge};
 }
 
 // The inverse of `token_to_cell`.
-HOST_DEVICE int64_t cell_to_token(int64_t row, int64_t col, int64_t width, int64_t merge) {
+template <typename Int>
+HOST_DEVICE Int cell_to_token(Int row, std::type_identity_t<Int> col,
+                              std::type_identity_t<Int> width, std::type_identity_t<Int> merge) {
   if (merge == 1) return row * width + col;
-  const int64_t block = (row / merge) * (width / merge) + col / merge;
+  const Int block = (row / merge) * (width / merge) + col / merge;
   return block * (merge * merge) + (row % merge) * merge + col % merge;
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 // Cosines, then sines, of every pair at every row and at every column.
 struct AngleTable {
-  std::vector<Frequency> frequencies;
+  const std::vector<Frequency>& frequencies;
   int64_t num_pairs, num_positions;
   float* values;
 
@@ -25,22 +25,6 @@ struct AngleTable {
 #include "foreach_level.h"
 
 namespace patchpack {
-namespace {
-
-// Of each pair; axis 0 is the row, 1 the column.
-std::vector<Frequency> frequencies_2d(int64_t num_pairs, double base, const std::string& axes) {
-  std::vector<Frequency> pairs;
-  const int64_t half = num_pairs / 2;
-  for (int64_t j = 0; j < num_pairs; ++j) {
-    const bool paired = axes == "paired";
-    const int32_t axis = paired ? 1 - j % 2 : j / half;
-    const int64_t exponent = 2 * (paired ? j / 2 : j % half) + (axes == "even_odd" ? axis : 0);
-    pairs.push_back(frequency(axis, base, exponent, num_pairs));
-  }
-  return pairs;
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> rope_2d(Tensor q, Tensor k, Tensor geometry_tensor, int64_t merge,
                                    double base, bool interleaved, std::string axes, bool inverse) {

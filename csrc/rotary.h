@@ -1,6 +1,7 @@
 // What rope, rope_2d and mrope share on the torch side: where heads are.
 #pragma once
 
+#include "angles.h"
 #include "tensor.h"
 
 namespace patchpack {
@@ -18,6 +19,13 @@ struct Rotation {
   bool interleaved, inverse;
   Heads heads[2];  // of q and k
 };
+
+// Of `position_ids`; of four rows the first is that of text, which has no say.
+inline Positions positions_of(const Tensor& ids) {
+  const bool is_long = ids.scalar_type() == ScalarType::Long;
+  const int64_t skipped = (ids.size(0) - 3) * ids.stride(0) * (is_long ? 8 : 4);
+  return {(const char*)ids.const_data_ptr() + skipped, is_long, ids.stride(0), ids.stride(1)};
+}
 
 // Allocates the rotated `q` and `k` and calls `body(rotation, begin, end)` over parts of the tokens.
 template <typename Body>

@@ -23,8 +23,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype);
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool pinned = false) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, pinned);
 }
 
 // Contiguous, with the sizes and the dtype of `x`.

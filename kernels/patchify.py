@@ -166,9 +166,10 @@ def cut(
     temporal_patch_size: int,
     layout: str,
     dtype: torch.dtype,
+    pin_memory: bool,
 ) -> Tensor:
     num_columns = len(mean) * temporal_patch_size * patch_size**2
-    out = geometry.new_empty(num_tokens, num_columns, dtype=dtype)
+    out = geometry.new_empty(num_tokens, num_columns, dtype=dtype, pin_memory=pin_memory)
     if num_tokens == 0:
         return out
     block_t, block_k = 32, 128

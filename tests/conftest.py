@@ -30,6 +30,19 @@ def pytest_configure():
         )
 
 
+@pytest.fixture(scope="module", params=["native", "torch"])
+def with_and_without_extension(request):
+    """Runs the tests of a module twice: with the C++ of integers, and with its code in torch."""
+    installed = patchpack._dispatch._NOT_INSTALLED
+    missing = installed["native"]
+    if request.param == "native" and missing:
+        pytest.skip(missing)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setitem(installed, "native", "it is hidden")
+        yield
+
+
 def pytest_collection_modifyitems(items):
     """Without the C++ extension, what is parametrised with its ``impl`` is skipped."""
     if (reason := patchpack.available("rope", "native")) is None:
@@ -43,3 +56,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cpu_capability(request):
+    """The instructions that native kernels use, or skip where this CPU does not have them."""
+    if (reason := patchpack.available("rope", "native")) is not None:
+        pytest.skip(reason)
+    before = torch.ops.patchpack.cpu_capability("")
+    try:
+        torch.ops.patchpack.cpu_capability(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    yield
+    torch.ops.patchpack.cpu_capability(before)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("kernels", "python", "tests")
+FOLDERS = ("csrc", "kernels", "python", "tests")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Fault:
 
 def contract(op: str, check: str = "accuracy", dtype: str = "float32") -> str:
     return f"tests/test_contract.py -k {op}-and-{check}-and-{dtype}"
+
+
+def native(op: str, check: str = "accuracy") -> str:
+    return f"tests/test_contract.py -k test_native[{op}-and-{check}"
 
 
 FAULTS = [
@@ -657,8 +661,8 @@ FAULTS = [
     Fault(
         "packing: a resized clip falls apart into frames",
         "python/patchpack/packing/_grid.py",
-        "return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)",
-        "return PackedGrid(grid_thw, m, device=self.geometry.device)",
+        "_build(sizes, None, spatial_merge_size, self.merge_temporal, device)",
+        "_build(sizes, None, spatial_merge_size, False, device)",
         "tests/test_packing.py",
     ),
     Fault(
@@ -809,6 +813,48 @@ FAULTS = [
         "tests/test_qwen3_vl.py -k smart_resize",
     ),
     Fault(
+        "native rope: the adjoint turns forward",
+        "csrc/rotary_kernels.h",
+        "if (r.inverse)",
+        "if (false)",
+        native("rope"),
+    ),
+    Fault(
+        "native rope: the tail of a head starts one pair late",
+        "csrc/vec.h",
+        "body(size - kLanes, All{});",
+        "body(size - kLanes + 1, All{});",
+        native("rope_2d"),
+    ),
+    Fault(
+        "native rope: interleaved pairs stored the wrong way round",
+        "csrc/rotary_kernels.h",
+        "interleaved_lower(a_out, b_out",
+        "interleaved_lower(b_out, a_out",
+        native("rope"),
+    ),
+    Fault(
+        "native rope_2d: merge-block order read as raster",
+        "csrc/rope_2d.h",
+        "token_to_cell(in_frame, width, merge)",
+        "token_to_cell(in_frame, width, 1)",
+        native("rope_2d"),
+    ),
+    Fault(
+        "native mrope: low word of the frequency dropped",
+        "csrc/angles.h",
+        "(uint32_t)(((uint64_t)distance * low) >> 32)",
+        "0u",
+        "tests/test_mrope.py -k exact",
+    ),
+    Fault(
+        "native mrope: rows of four positions counted from the first",
+        "csrc/mrope.cpp",
+        "position_ids.size(0) - 3, 3",
+        "0, 3",
+        native("mrope"),
+    ),
+    Fault(
         "interpreter: bf16 repair left out",
         "python/patchpack/_interpreter_arithmetic.py",
         "    if _stock_is_right():\n        yield",
@@ -827,10 +873,18 @@ def copy_tree(folder: Path) -> None:
     for name in FOLDERS:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignore, symlinks=True)
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder)
     link = folder / "python/patchpack/kernels"
     if not link.exists():
         link.symlink_to("../../kernels")
+
+
+def build(folder: Path) -> None:
+    """The C++ of a copy, quickly."""
+    env = {**os.environ, "PATCHPACK_NATIVE": "1", "CXXFLAGS": "-O1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
 
 
 def run(folder: Path, tests: str) -> tuple[bool, str]:
@@ -861,6 +915,8 @@ def try_fault(fault: Fault) -> tuple[str, str]:
         if source.count(fault.old) < 1:
             raise RuntimeError(f"{fault.what}: {fault.old!r} is not in {fault.file}")
         file.write_text(source.replace(fault.old, fault.new))
+        if fault.file.startswith("csrc/"):
+            build(folder)
         passed, line = run(folder, fault.tests)
     return "SURVIVED" if passed else "seen", line
 

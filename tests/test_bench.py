@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 
+import patchpack
 from patchpack.testing.catalogue import SPECS
 
 BENCH = Path(__file__).parents[1] / "bench"
 FORWARD_ONLY = ("patchify", "resize_images")  # of bytes
+BENCHES = (*SPECS, "metadata", "preprocess")
+LIMITS = dict.fromkeys(BENCHES, "copy") | {"varlen_attention": "matmul"}
 
 
-def _python(*arguments) -> str:
+def _python(*arguments, status=0) -> str:
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout
 
 
@@ -25,10 +28,15 @@ def run(tmp_path_factory) -> tuple[dict, str]:
     """Results of one quick run of every bench file, and what it printed."""
     out = tmp_path_factory.mktemp("bench")
     options = ("--quick", "--device", "cpu", "--dtype", "float32", "--out", out)
-    printed = _python("run.py", *SPECS, *options)
+    printed = _python("run.py", *BENCHES, *options)
     (path,) = out.glob("*.json")
     assert path.with_suffix(".png").stat().st_size > 0
     return json.loads(path.read_text()), " ".join(printed.split())
+
+
+def _of(rows: list[dict], op: str, direction: str) -> list[dict]:
+    params = [(row, row.get("params", row)) for row in rows]
+    return [row for row, p in params if (p["op"], p["direction"]) == (op, direction)]
 
 
 @pytest.mark.parametrize("op", SPECS)
@@ -36,18 +44,11 @@ def test_every_provider_is_timed_or_says_why_not(run, op):
     results, printed = run
     directions = ("forward",) if op in FORWARD_ONLY else ("forward", "forward+backward")
     for direction in directions:
-        timed = {
-            b["name"]: b
-            for b in results["benchmarks"]
-            if (b["params"]["op"], b["params"]["direction"]) == (op, direction)
-        }
-        reasons = {
-            s["provider"]: s["reason"]
-            for s in results["skipped"]
-            if (s["op"], s["direction"]) == (op, direction)
-        }
+        timed = {b["name"]: b for b in _of(results["benchmarks"], op, direction)}
+        reasons = {s["provider"]: s["reason"] for s in _of(results["skipped"], op, direction)}
         assert "reference" in timed
-        assert {"reference, compiled", "triton", "native"} <= reasons.keys()
+        assert {"reference, compiled", "triton"} <= reasons.keys()
+        assert ("native" in timed) == (patchpack.available(op, "native") is None)
         assert "interpreter, which is never timed" in reasons["triton"]
         assert not timed.keys() & reasons.keys()
         for name, reason in reasons.items():
@@ -58,6 +59,37 @@ def test_every_provider_is_timed_or_says_why_not(run, op):
             assert info.keys() >= {"commit", "torch", "triton", "device", "threads", "allocator"}
             assert info["gb_per_s"] == pytest.approx(info["bytes"] / stats["median"] / 1e9)
             assert info["of_limit"] > 0
+        assert timed[LIMITS[op]]["extra_info"]["of_limit"] == 1
+
+
+def test_peers_that_are_installed_are_timed(run):
+    peers = {
+        "rope": {"transformers"},
+        "rope_2d": {"transformers"},
+        "mrope": {"transformers"},
+        "interpolate_tokens": {"F.interpolate loop", "F.interpolate loop of views", "gather"},
+        "add_pos_embed": {"F.interpolate loop", "transformers, embedding_bag"},
+        "merge_tokens": {"views, F.layer_norm"},
+        "region_attention": {"gather, bmm", "permute, bmm"},
+        "patchify": {"torch, image by image", "NumPy, image by image"},
+        "resize_images": {"Pillow, image by image", "F.interpolate, image by image"},
+        "assemble": {"the original's chain"},
+        "scatter_tokens": {"masked_scatter", "index_copy"},
+        "varlen_attention": {"SDPA loop", "eager loop"},
+        "metadata": {"transformers", "patchpack"},
+        "preprocess": {"transformers, PIL", "F.interpolate, torch"},
+    }
+    assert peers.keys() == set(BENCHES)
+    for op, names in peers.items():
+        timed = {b["name"] for b in _of(run[0]["benchmarks"], op, "forward")}
+        missing = {s["provider"] for s in run[0]["skipped"] if "No module named" in s["reason"]}
+        assert names <= timed | missing, op
+
+
+def test_a_data_loader_has_one_thread(run):
+    for op in ("metadata", "preprocess"):
+        timed = _of(run[0]["benchmarks"], op, "forward")
+        assert {b["extra_info"]["threads"] for b in timed} == {1}
 
 
 # bytes and operations of the tiny shapes in float32, counted by hand
@@ -77,10 +109,13 @@ WORK = {
     "assemble": ((9 + 12 + 9 + 18 + 9 + 15 + 9 + 9) * 8 * 4, 8 * 6 * 8),
     "scatter_tokens": (2 * 12 * 8 * 4, 0),
     "varlen_attention": (16 * (4 + 2 * 2 + 4) * 16 * 4, 4 * (25 + 81 + 4) * 4 * 16),
+    # bounds of 2 images, twice, and of 2 windows; 7 blocks; 28 rows and columns, twice; 111 tokens
+    "metadata": (2 * 3 * 4 + 3 * 4 + 7 * 8 + 2 * 28 * 2 * 8 + (3 * 111 + 1) * 8, 0),
+    "preprocess": (3 * 60 * 80 + 24 * 1176 * 4, 8 * 3 * (60 * 84 + 84 * 60)),
 }
 
 
-@pytest.mark.parametrize("op", SPECS)
+@pytest.mark.parametrize("op", BENCHES)
 def test_the_work_is_what_a_hand_counts(run, op):
     (forward,) = {
         (b["extra_info"]["bytes"], b["extra_info"]["flops"])
@@ -88,6 +123,114 @@ def test_the_work_is_what_a_hand_counts(run, op):
         if (b["params"]["op"], b["params"]["direction"]) == (op, "forward")
     }
     assert forward == WORK[op]
+
+
+def test_floors_name_cases_and_providers_that_exist():
+    _python(
+        "-c",
+        """
+import run
+for op in run.OPS:
+    bench = run.bench_of(op)
+    for floor in bench.floors:
+        assert floor.shape in bench.shapes, floor
+        assert floor.dtype in (bench.dtypes or run.DTYPES), floor
+        assert floor.direction in ("forward", "forward+backward")[: 1 + bench.backward], floor
+        assert {floor.provider, floor.peer} <= {"native", bench.bound, *bench.peers}, floor
+""",
+    )
+
+
+FLOORS = """
+import dataclasses, sys
+import bench_rope, run
+from _harness import Floor
+
+bench = bench_rope.BENCH
+floors = [
+    Floor("tiny", "float32", "forward", "transformers", 1e-9, "reference"),
+    Floor("tiny", "float32", "forward", "copy", 1e9, "reference"),
+    Floor("tiny", "float32", "forward+backward", "copy", 1e-9, "triton"),
+    Floor("tiny", "float32", "forward+backward", "Liger", 1e-9, "reference"),
+    Floor("tiny", "bfloat16", "forward", "copy", 1e9, "reference"),
+]
+chosen = tuple(floors[int(i)] for i in sys.argv.pop())
+bench_rope.BENCH = dataclasses.replace(bench, floors=chosen)
+run.main()
+"""
+
+
+@pytest.mark.parametrize(("chosen", "met"), [("03", [True, None]), ("012", [True, False, False])])
+def test_a_missed_floor_fails(tmp_path, chosen, met):
+    options = ("--quick", "--check", "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
+    status = 1 if False in met else 0
+    printed = _python("-c", FLOORS, "rope", *options, chosen, status=status)
+    words = {True: "met", False: "missed", None: "no peer"}
+    assert all(words[m] in printed for m in met)
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert [floor["met"] for floor in results["floors"]] == met
+    medians = {
+        (b["params"]["direction"], b["name"]): b["stats"]["median"] for b in results["benchmarks"]
+    }
+    for floor in results["floors"]:
+        ours = medians.get((floor["direction"], floor["provider"]))
+        theirs = medians.get((floor["direction"], floor["peer"]))
+        assert floor["measured"] == (theirs / ours if ours and theirs else None)
+
+
+def test_slow_providers_have_fewer_rounds_spread_over_all():
+    _python(
+        "-c",
+        """
+import _harness
+_harness.SECONDS, turns = 10, []
+def clock(name, seconds):
+    return lambda: turns.append(name) or seconds
+clocks = {"reference": clock("r", 9.0), "slow": clock("s", 0.9), "fast": clock("f", 1e-3)}
+stats = _harness._interleave(clocks, False)
+assert [stats[name]["rounds"] for name in clocks] == [2, 11, 100]
+assert stats["slow"]["median"] == 0.9
+order = "".join(turns)
+assert order.startswith("rsf")  # to know how slow they are
+order = order[3:]
+half = order.index("r") + 1
+assert 5 <= order[:half].count("s") <= 6 and 45 <= order[:half].count("f") <= 55
+""",
+    )
+
+
+def test_cost_is_measured_along_tokens_and_images(tmp_path):
+    options = ("--quick", "--impl", "reference", "--out", tmp_path)
+    printed = _python("scaling.py", "rope_2d", "scatter_tokens", *options)
+    assert "rope_2d" in printed
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+    results = json.loads((tmp_path / "scaling.json").read_text())
+    assert results["machine"].keys() >= {"commit", "device"}
+    rows = {(row["op"], row["axis"]): row for row in results["scaling"]}
+    assert rows.keys() == {
+        (o, a) for o in ("rope_2d", "scatter_tokens") for a in ("tokens", "images")
+    }
+    for (_, axis), row in rows.items():
+        assert row["tokens"] == ([4, 8] if axis == "tokens" else [16, 16])
+        assert row["images"] == ([1, 2] if axis == "tokens" else [1, 4])
+        assert set(row["seconds"]) == {"1", "2"}
+        assert all(s > 0 for seconds in row["seconds"].values() for s in seconds)
+
+
+def test_scaling_covers_every_op_and_fits_exponents():
+    _python(
+        "-c",
+        """
+import scaling
+from patchpack.testing.catalogue import SPECS
+assert scaling.SHAPES.keys() == SPECS.keys()
+sizes = [2**n for n in range(10, 19)]
+seconds = [1e-3 + 1e-6 * n if n < 2**14 else 1e-9 * n**1.5 for n in sizes]
+assert abs(scaling.exponent(sizes, seconds, 2**14) - 1.5) < 1e-9
+assert all(t == 2**14 for count, side in scaling.points(False)["images"] for t in [count * side**2])
+""",
+    )
 
 
 def test_results_are_read_by_pytest_benchmark(run, tmp_path):
@@ -159,7 +302,7 @@ import json, pathlib, _report
 path = pathlib.Path({str(path)!r})
 before = json.loads(path.read_text())
 again = [dict(b, again=True) for b in before["benchmarks"] if b["params"]["op"] == "rope"]
-_report.merge(path, again, [])
+_report.merge(path, {{"benchmarks": again, "skipped": [], "floors": []}})
 after = json.loads(path.read_text())
 key = lambda b: b["fullname"]
 assert sorted(map(key, after["benchmarks"])) == sorted(map(key, before["benchmarks"]))

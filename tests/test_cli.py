@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import patchpack
+from patchpack import _dispatch
 from patchpack.__main__ import main
 from patchpack.cli import _demo_model, _demo_systems, _media, to_json, verify
 from patchpack.testing.catalogue import SPECS
@@ -59,7 +60,11 @@ def test_info_needs_nothing_but_the_package():
     assert done.returncode == 2
     for word in (patchpack.__version__, torch.__version__, *SPECS):
         assert word in done.stdout
-    assert "native is not available: " in done.stdout or not patchpack.available("rope", "native")
+    for impl in _dispatch.IMPLS:
+        reason = patchpack.available("rope", impl)
+        lines = [x for x in done.stdout.splitlines() if x.startswith(f"{impl} is not available")]
+        assert bool(lines) == any(patchpack.available(op, impl) for op in SPECS)
+        assert reason is None or any(line.endswith(f": {reason}") for line in lines)
     assert "pip install 'patchpack[demo]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

@@ -10,7 +10,15 @@ import torch
 import patchpack
 from patchpack import _check
 from patchpack.testing.catalogue import SPECS
-from patchpack.testing.contract import CHECKS, Subject, differentiate, leaves, subjects, tensors
+from patchpack.testing.contract import (
+    CHECKS,
+    Subject,
+    differentiate,
+    leaves,
+    subjects,
+    tensors,
+    views,
+)
 
 needs_native = pytest.mark.skipif(
     patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
@@ -30,18 +38,6 @@ def _subjects(impl="triton", device="cpu", checks=tuple(CHECKS)):
 @pytest.mark.parametrize(("check", "subject"), _subjects())
 def test_triton_in_the_interpreter(check, subject):
     CHECKS[check](subject)
-
-
-@pytest.fixture
-def cpu_capability(request):
-    """The instructions that native kernels use, or skip where this CPU does not have them."""
-    before = torch.ops.patchpack.cpu_capability("")
-    try:
-        torch.ops.patchpack.cpu_capability(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).partition("\n")[0])
-    yield
-    torch.ops.patchpack.cpu_capability(before)
 
 
 @needs_native
@@ -64,12 +60,23 @@ def test_native_on_a_lesser_cpu(check, op, cpu_capability):
 
 @needs_native
 @pytest.mark.parametrize("op", SPECS)
+def test_native_copies_no_view(op):
+    for case in SPECS[op].cases:
+        subject = Subject(op, case, impl="native")
+        inputs = views(subject.inputs())
+        with torch.autograd.profiler.profile(use_kineto=False) as profile:
+            subject(inputs)
+        assert "aten::clone" not in {event.name for event in profile.function_events}, case
+
+
+@needs_native
+@pytest.mark.parametrize("op", SPECS)
 def test_native_has_the_same_bits_for_any_number_of_threads(op):
     before = torch.get_num_threads()
     for case, dtype in itertools.product(SPECS[op].cases, (torch.float32, torch.bfloat16)):
         subject = Subject(op, case, dtype, "native")
         # enough tokens that there is work for every thread
-        inputs = subject.inputs(sizes=[(1, 48, 64), (2, 24, 40)], **subject.without_padding)
+        inputs = subject.inputs(sizes=[(1, 48, 72), (2, 72, 48)], **subject.without_padding)
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -158,6 +165,16 @@ def test_a_copy_of_a_view_is_seen(monkeypatch):
     ("check", "subject"), _subjects(device="cuda") if torch.cuda.is_available() else []
 )
 def test_triton_on_the_gpu(check, subject):
+    CHECKS[check](subject)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("check", "subject"), _subjects("cuda", "cuda") if torch.cuda.is_available() else []
+)
+def test_cuda_on_the_gpu(check, subject):
+    if reason := patchpack.available(subject.op, "cuda"):
+        pytest.skip(reason)
     CHECKS[check](subject)
 
 

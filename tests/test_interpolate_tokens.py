@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from patchpack import PackedGrid, interpolate_tokens
+from patchpack import PackedGrid, _dispatch, interpolate_tokens, reference
+from patchpack.testing.compare import assert_as_accurate
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
+KERNELS = ("triton", "native")
 MODES = [
     ("bilinear", {}),
     ("bilinear", {"align_corners": True}),
@@ -57,20 +59,22 @@ def test_27_to_14_as_llava_onevision_pools_video(impl):
 
 
 @pytest.mark.parametrize(("mode", "options"), [m for m in MODES if m[0] != "max"])
-def test_the_gradient_is_the_adjoint(mode, options):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_the_gradient_is_the_adjoint(mode, options, impl):
     grid = PackedGrid([(1, 9, 7), (2, 3, 4)])
     x = torch.randn(grid.num_tokens, 3, requires_grad=True)
-    y, _ = interpolate_tokens(x, grid, [(4, 9), (5, 2)], mode=mode, **options, impl="triton")
+    y, _ = interpolate_tokens(x, grid, [(4, 9), (5, 2)], mode=mode, **options, impl=impl)
     cotangent = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, x, cotangent)
     torch.testing.assert_close((y * cotangent).sum(), (x * grad).sum(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("mode", "options"), MODES)
-def test_constants_stay(mode, options):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_constants_stay(mode, options, impl):
     grid = PackedGrid([(5, 7), (1, 1)])
     x = torch.full((36, 2), 3.5)
-    y, _ = interpolate_tokens(x, grid, [(8, 3), (4, 4)], mode=mode, **options, impl="triton")
+    y, _ = interpolate_tokens(x, grid, [(8, 3), (4, 4)], mode=mode, **options, impl=impl)
     torch.testing.assert_close(y, torch.full_like(y, 3.5))
 
 
@@ -91,31 +95,87 @@ def test_orders_of_tokens_change_nothing_else(impl):
     assert torch.equal(got, want[order])
 
 
-def test_the_first_maximum_gets_the_gradient_and_nan_wins():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_the_first_maximum_gets_the_gradient_and_nan_wins(impl):
     x = torch.tensor([[1.0], [2.0], [2.0], [0.0]], requires_grad=True)
-    y, _ = interpolate_tokens(x, PackedGrid([(2, 2)]), (1, 1), mode="max", impl="triton")
+    y, _ = interpolate_tokens(x, PackedGrid([(2, 2)]), (1, 1), mode="max", impl=impl)
     y.backward()
     assert x.grad.flatten().tolist() == [0, 1, 0, 0]
     x = torch.tensor([[1.0], [float("nan")], [2.0], [0.0]])
-    y, _ = interpolate_tokens(x, PackedGrid([(2, 2)]), (1, 1), mode="max", impl="triton")
+    y, _ = interpolate_tokens(x, PackedGrid([(2, 2)]), (1, 1), mode="max", impl=impl)
     assert y.isnan().all()
 
 
 @pytest.mark.parametrize(("mode", "options"), MODES)
-def test_a_weight_of_zero_keeps_nan_out(mode, options):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_weight_of_zero_keeps_nan_out(mode, options, impl):
     x = torch.randn(25, 3)
     x[12, 1] = float("nan")
-    y, _ = interpolate_tokens(x, PackedGrid([(5, 5)]), (5, 5), mode=mode, **options, impl="triton")
+    y, _ = interpolate_tokens(x, PackedGrid([(5, 5)]), (5, 5), mode=mode, **options, impl=impl)
     assert y.isnan().nonzero().tolist() == [[12, 1]]
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "max"])
-def test_a_second_derivative_is_refused(mode):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_second_derivative_is_refused(mode, impl):
     x = torch.randn(12, 2, requires_grad=True)
-    y, _ = interpolate_tokens(x, PackedGrid([(3, 4)]), (2, 2), mode=mode, impl="triton")
+    y, _ = interpolate_tokens(x, PackedGrid([(3, 4)]), (2, 2), mode=mode, impl=impl)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="interpolate_tokens_backward has no gradient"):
+    with pytest.raises(RuntimeError, match=r"interpolate_tokens_backward.* has no gradient"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_what_backward_needs_is_what_triton_saves(mode, options, impl):
+    grid, small = PackedGrid([(2, 6, 8), (1, 4, 2)], 2), PackedGrid([(2, 4, 3), (1, 5, 1)])
+    x = torch.randint(3, (grid.num_tokens, 19)).float()  # every maximum occurs again
+    x[::7], x[3::11] = float("nan"), -float("inf")
+    if mode != "max":
+        x = x.nan_to_num()
+    arguments = (x, grid.geometry, small.geometry, small.num_tokens, 2, 1, mode)
+    flags = [options.get(name, False) for name in ("align_corners", "antialias")]
+    _, want = _dispatch.operator("interpolate_tokens", "triton")(*arguments, *flags)
+    _, got = _dispatch.operator("interpolate_tokens", impl)(*arguments, *flags)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize(("mode", "options"), MODES)
+@pytest.mark.parametrize("channels", [1, 15, 17, 66, 200])
+def test_any_number_of_channels(mode, options, channels, impl):
+    grid = PackedGrid([(1, 20, 6), (2, 4, 2)], 2)
+
+    def differentiated(op, dtype, **implementation):
+        x = torch.randn(grid.num_tokens, channels, generator=torch.Generator().manual_seed(0))
+        x = x.to(dtype).requires_grad_()
+        y, _ = op(x, grid, [(3, 4), (8, 9)], mode=mode, **options, spatial_merge_size=1,
+                  **implementation)  # fmt: skip
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype))
+        return y.detach(), x.grad
+
+    actual = differentiated(interpolate_tokens, torch.float32, impl=impl)
+    eager = differentiated(reference.interpolate_tokens, torch.float32)
+    oracle = differentiated(reference.interpolate_tokens, torch.float64)
+    for name, *values in zip(("y", "grad_x"), actual, eager, oracle, strict=True):
+        assert_as_accurate(name, *values)
+
+
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_rows_that_threads_share_have_the_same_bits(mode, options, impl):
+    grid = PackedGrid([(1, 3, 700), (1, 1, 900)])
+    x, results = torch.randn(grid.num_tokens, 70, requires_grad=True), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        try:
+            y, _ = interpolate_tokens(x, grid, (2, 333), mode=mode, **options, impl=impl)
+            results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+        finally:
+            torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_what_is_no_tensor_is_named():

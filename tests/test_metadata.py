@@ -1,5 +1,6 @@
 """Metadata against transformers and plain loops, and that it leaves the device alone."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchpack import PackedGrid
+from patchpack import PackedGrid, _dispatch, metadata
 from patchpack.metadata import (
     get_mrope_position_ids,
     get_vision_cu_seqlens,
@@ -17,7 +18,10 @@ from patchpack.metadata import (
     get_vision_window_index,
     validate_vision_tokens,
 )
+from patchpack.packing import _grid
 from patchpack.testing import contract
+
+pytestmark = pytest.mark.usefixtures("with_and_without_extension")
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 
@@ -669,3 +673,163 @@ def test_validation_names_what_does_not_fit(change, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         validate_vision_tokens(**{**mrope_call(), **TOKEN_IDS, **change})
     assert str(raised.value) == message
+
+
+# With and without C++ ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def native(with_and_without_extension):
+    if _dispatch._NOT_INSTALLED["native"]:
+        pytest.skip("it compares C++ with torch")
+
+
+def outcome(function, *arguments, **options):
+    """What a function gives, or the error it raises, comparable."""
+    try:
+        result = function(*arguments, **options)
+    except (ValueError, TypeError) as error:
+        return type(error), str(error)
+    if isinstance(result, PackedGrid):
+        numbers = result.num_tokens, result.max_seqlen
+        result = result.grid_thw, result.geometry, result.cu_seqlens, result.position_ids
+        return *numbers, *map(outcome_of, result)
+    return tuple(map(outcome_of, listed(result)))
+
+
+def outcome_of(x):
+    return x.dtype, x.tolist()
+
+
+@contextlib.contextmanager
+def without_extension():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_dispatch._NOT_INSTALLED, "native", "it is hidden")
+        yield
+
+
+# sizes of a grid, of which few can be
+ANY = st.one_of(st.integers(1, 4), st.sampled_from([-(2**62), -1, 0, 6, 2**31, 2**62]))
+MERGES = st.sampled_from([1, 2, 3, 2**31 - 1])
+
+
+@pytest.mark.usefixtures("native")
+@given(st.lists(st.tuples(ANY, ANY, ANY), max_size=4), MERGES, st.booleans())
+def test_sizes_that_cannot_be_are_refused_alike(sizes, m, flag):
+    grid_thw = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 3)
+    merges = torch.full((len(sizes),), m)
+    calls = [
+        (get_vision_cu_seqlens, grid_thw),
+        (get_vision_position_ids, grid_thw, m, flag),
+        (get_vision_position_ids, grid_thw, merges, flag),
+        (get_vision_window_index, grid_thw, m, 2**60, 14),
+        (get_vision_window_index, grid_thw, m, 2**62, 1),
+        (PackedGrid, grid_thw, m, flag),
+        (PackedGrid, sizes, m, flag),
+        (PackedGrid([(2, 6, 6)] * len(sizes)).resized, grid_thw[:, 1:]),
+        (PackedGrid([(2, 6, 6)]).merged, m),
+    ]
+    got = [outcome(*call) for call in calls]
+    with without_extension():
+        assert got == [outcome(*call) for call in calls]
+
+
+@pytest.mark.usefixtures("native")
+@settings(max_examples=30)
+@given(SIZES, M, st.integers(0, 400), st.integers(0, 60))
+def test_lengths_that_are_given_are_served_alike(sizes, m, num_tokens, more):
+    grid_thw = grid_of(sizes, m)
+    num_windows = more + sum(t * h * w for t, h, w in sizes)
+    calls = [
+        (get_vision_cu_seqlens, (grid_thw,), {"num_segments": num_tokens}),
+        (get_vision_position_ids, (grid_thw, m), {"num_tokens": num_tokens}),
+        (
+            get_vision_window_index,
+            (grid_thw, m, 14 * m, 14),
+            {"num_tokens": int(grid_thw.prod(1).sum()), "num_windows": num_windows},
+        ),
+    ]
+    got = [outcome(function, *arguments, **lengths) for function, arguments, lengths in calls]
+    with without_extension():
+        for (function, arguments, lengths), result in zip(calls, got, strict=True):
+            assert outcome(function, *arguments, **lengths) == result
+
+
+def test_views_and_narrow_integers_are_read_right():
+    wide = torch.tensor([[9, 2, 10, 6], [9, 1, 4, 4]], dtype=torch.int32)
+    grid_thw = wide.T.contiguous().T[:, 1:]
+    assert not grid_thw.is_contiguous()
+    for function, arguments, _ in CALLS.values():
+        got, want = function(grid_thw, *arguments), function(GRID_THW, *arguments)
+        assert all(map(torch.equal, listed(got), listed(want)))
+    merges = torch.tensor([2, 0, 4], dtype=torch.int32)[::2]
+    got = get_vision_position_ids(torch.tensor([[1, 2, 4], [1, 4, 8]]), merges)
+    assert got[8:24].tolist() == [[row, col] for row in range(4) for col in range(4)]
+
+
+def test_many_images_of_real_sizes_are_those_of_the_loop():
+    sizes = [(1 + i % 2, 12 + 5 * i % 29, 12 + 7 * i % 23) for i in range(32)]
+    grid_thw = grid_of(sizes, 2)
+    want = [
+        [2 * row + i, 2 * col + j]
+        for t, h, w in sizes
+        for _, row, col, i, j in itertools.product(*map(range, (t, h, w, 2, 2)))
+    ]
+    assert get_vision_position_ids(grid_thw, 2).tolist() == want
+
+
+@pytest.fixture
+def no_torch_code(monkeypatch, native):
+    for name in ("bounds_of", "check_sizes"):
+        monkeypatch.delattr(_grid, name)
+    monkeypatch.delattr(metadata, "_flat_samples")
+
+
+def test_plain_tensors_are_left_to_cpp(no_torch_code):
+    for function, arguments, lengths in CALLS.values():
+        function(GRID_THW, *arguments)
+        function(GRID_THW, *arguments, **lengths)
+    get_mrope_position_ids(**mrope_call(), **TOKEN_IDS)
+    grid = PackedGrid([(2, 4, 4), (1, 2, 4)], 2)
+    for each in (grid, grid.merged(), grid.resized((2, 2)), PackedGrid(GRID_THW)):
+        assert each.position_ids.shape == (each.num_tokens, 2)
+    assert grid.num_blocks(1) == 40
+
+
+GARBAGE = st.one_of(st.integers(-3, 40), st.sampled_from([-(2**63), -(2**31), 2**31, 2**63 - 1]))
+
+
+@pytest.mark.usefixtures("native")
+@given(
+    st.lists(st.sampled_from([START, END, IMAGE, VIDEO, TEXT]), max_size=40),
+    st.lists(st.tuples(GARBAGE, GARBAGE, GARBAGE), max_size=3),
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4),
+    st.sampled_from([0.0, -1.0, 1e30, float("nan"), float("inf")]),
+    st.booleans(),
+    M,
+)
+def test_positions_of_garbage_harm_nothing(ids, grids, bounds, seconds, split_frames, m):
+    """They are unspecified, and only C++ could go astray: torch checks what it reads."""
+    position_ids, deltas = get_mrope_position_ids(
+        torch.tensor(ids, dtype=torch.int64),
+        rows_of(grids),
+        rows_of(grids),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        second_per_grid_ts=torch.full((len(grids),), seconds),
+        split_frames=split_frames,
+        merge_size=m,
+        **TOKEN_IDS,
+    )
+    assert position_ids.shape == (3, len(ids))
+    assert deltas.shape == (len(bounds) - 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64])
+def test_a_mask_may_be_of_any_kind_and_a_view(dtype):
+    ids = torch.tensor([[VIDEO, TEXT, START, IMAGE, IMAGE, END]] * 2).T.contiguous().T
+    mask = (torch.tensor([[0, 5, 5, 5, 5, 5]] * 2).to(dtype)).T.contiguous().T
+    arguments = {"image_grid_thw": torch.tensor([[1, 2, 4]] * 2), **TOKEN_IDS}
+    for tokens in (ids, ids.int()):
+        position_ids, deltas = get_mrope_position_ids(tokens, attention_mask=mask, **arguments)
+        assert position_ids[2].tolist() == [[1, 0, 1, 2, 3, 4]] * 2
+        assert deltas.tolist() == [[-1]] * 2

@@ -1,8 +1,10 @@
 """The package as a whole: who imports whom, what an op consists of, and what gets installed."""
 
 import ast
+import importlib
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -17,11 +19,28 @@ import patchpack
 from patchpack.testing.catalogue import SPECS
 
 ROOT = Path(__file__).parents[1]
+NATIVE = patchpack.available("rope", "native") is None
+needs_native = pytest.mark.skipif(not NATIVE, reason="there is no C++ extension")
+
+SOURCE = (".cpp", ".h", ".json", ".md", ".py")
+
+# ops whose C++ is to come: the table of CONTRIBUTING.md has no such exception
+WITHOUT_CPP = {
+    "add_pos_embed",
+    "assemble",
+    "interpolate_tokens",
+    "merge_tokens",
+    "patchify",
+    "region_attention",
+    "resize_images",
+    "scatter_tokens",
+    "varlen_attention",
+}
 SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/patchpack"}
 
 # what a layer may import besides the standard library and itself; the longest name applies
 LAYERS = {
-    "patchpack.packing": "numpy torch",
+    "patchpack.packing": "numpy torch patchpack._dispatch",
     "patchpack.layout": "numpy torch patchpack.packing",
     "patchpack._resampling": "numpy torch",
     "patchpack.reference": "torch patchpack._resampling patchpack.layout patchpack.packing",
@@ -33,7 +52,7 @@ LAYERS = {
     "patchpack.ops": "torch patchpack._check patchpack._dispatch patchpack._resampling"
     " patchpack.layout patchpack.packing patchpack.reference",
     "patchpack.video": "av numpy PIL patchpack.packing",
-    "patchpack.metadata": "torch patchpack._check patchpack.packing",
+    "patchpack.metadata": "torch patchpack._check patchpack._dispatch patchpack.packing",
     "patchpack.__init__": "patchpack._dispatch patchpack.layout patchpack.metadata patchpack.ops"
     " patchpack.packing patchpack.reference",
     "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
@@ -143,6 +162,9 @@ def test_an_op_has_all_its_parts(op):
         f"tests/test_{op}.py",
         f"bench/bench_{op}.py",
     ]
+    if op not in WITHOUT_CPP:
+        parts += [f"csrc/{op}.cpp", f"csrc/{op}.h"]
+        assert not NATIVE or patchpack.available(op, "native") is None
     missing = [part for part in parts if not (ROOT / part).is_file()]
     assert not missing
     assert op in patchpack.__all__
@@ -177,24 +199,108 @@ def test_all_is_sorted_and_true():
     assert all(hasattr(patchpack, name) for name in patchpack.__all__)
 
 
+# kinds of wheels, in the order in which they are built in one tree
+WHEELS = {
+    "native": {"PATCHPACK_NATIVE": "1", "CXXFLAGS": "-O0"},  # faster to compile
+    "pure": {"PATCHPACK_NATIVE": "0"},
+    "no compiler": {"CXX": "false"},
+}
+every_wheel = pytest.mark.parametrize(
+    "wheel",
+    [pytest.param(kind, marks=needs_native if kind == "native" else ()) for kind in WHEELS],
+    indirect=True,
+)
+
+
+def _build(tree: Path, out: Path, what: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "build", "--no-isolation", what, "--outdir", out, tree]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory) -> tuple[Path, Path]:
-    """A source distribution, and the wheel that is built from it."""
+def sdist(tmp_path_factory) -> Path:
     tree, out = tmp_path_factory.mktemp("tree") / "patchpack", tmp_path_factory.mktemp("dist")
     leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=leftovers)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = _build(tree, out, "--sdist")
     assert done.returncode == 0, done.stdout + done.stderr
-    return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
+    return next(out.glob("*.tar.gz"))
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(distributions):
-    with zipfile.ZipFile(distributions[1]) as wheel:
-        names = [n for n in wheel.namelist() if ".dist-info/" not in n]
-        assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel.namelist())
-    modules = {f"{module.replace('.', '/')}.py" for module in MODULES}
-    assert sorted(names) == sorted({*modules, "patchpack/py.typed"})
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(request, unpacked, tmp_path_factory) -> Path:
+    """The wheel of a kind, built from the source distribution and nothing else."""
+    out = tmp_path_factory.mktemp("wheel")
+    done = _build(unpacked, out, "--wheel", **WHEELS[request.param])
+    assert done.returncode == 0, done.stdout + done.stderr
+    is_native = request.param == "native"
+    assert is_native != ("patchpack is built without C++: " in done.stdout)
+    (path,) = out.glob("*.whl")
+    tag = r"cp310-abi3-linux_\w+" if is_native else "py3-none-any"
+    assert re.fullmatch(rf"patchpack-[\d.]+-{tag}\.whl", path.name)
+    return path
+
+
+@every_wheel
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if ".dist-info/" not in n]
+        assert any(n.endswith(".dist-info/licenses/LICENSE") for n in archive.namelist())
+    expected = {f"{module.replace('.', '/')}.py" for module in MODULES} | {"patchpack/py.typed"}
+    if "-abi3-" in wheel.name:
+        expected.add("patchpack/_C.abi3.so")
+    assert sorted(names) == sorted(expected)
+
+
+@every_wheel
+def test_an_op_runs_from_the_wheel(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    native = "-abi3-" in wheel.name
+    where = _python(
+        "import torch, patchpack, patchpack.kernels.rope_2d as kernel\n"
+        "q, grid = torch.randn(4, 1, 32), patchpack.PackedGrid([(2, 2)])\n"
+        f"impls = ('reference', 'triton', None, {'native' if native else None!r})\n"
+        "want, *got = (patchpack.rope_2d(q, q, grid, impl=impl)[0] for impl in impls)\n"
+        "for x in got: torch.testing.assert_close(x, want)\n"
+        "print(kernel.__file__, patchpack.available('rope_2d', 'native'), sep='\\n')",
+        PYTHONPATH=str(tmp_path),
+    )
+    reason = "the C++ extension patchpack._C is not part of this installation"
+    kernel = str(tmp_path / "patchpack/kernels/rope_2d.py")
+    assert where.splitlines() == [kernel, "None" if native else reason]
+
+
+def test_an_extension_that_is_asked_for_is_built_or_an_error(unpacked, tmp_path):
+    done = _build(unpacked, tmp_path, "--wheel", CXX="false", PATCHPACK_NATIVE="1")
+    assert done.returncode != 0
+    assert "patchpack._C cannot be built: " in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@needs_native
+@pytest.mark.skipif(not shutil.which("objdump"), reason="there is no objdump")
+def test_only_the_code_of_a_level_has_its_instructions():
+    extension = importlib.import_module("patchpack._C").__file__
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", extension]
+    assembly = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    functions = re.findall(r"^[0-9a-f]+ <(\w\S*)>:\n((?:.+\n)*)", assembly, flags=re.M)
+    if "x86-64" not in assembly:
+        pytest.skip("there are no levels")
+    newer = re.compile(r"\t(v[a-z]\w+|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b")
+    using = {name for name, code in functions if newer.search(code)}
+    of_a_level = {name for name, _ in functions if re.search(r"\d(avx2|avx512|avx512_bf16)", name)}
+    assert using & of_a_level
+    assert not using - of_a_level
 
 
 def test_planted_faults_still_have_a_place():
@@ -203,26 +309,12 @@ def test_planted_faults_still_have_a_place():
     assert not lost
 
 
-def test_the_source_distribution_holds_what_builds_and_checks_it(distributions):
-    with tarfile.open(distributions[0]) as archive:
+def test_the_source_distribution_holds_what_builds_and_checks_it(sdist):
+    with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     folders = ("bench", "csrc", "kernels", "python", "tests")
     files = [p for folder in folders for p in (ROOT / folder).rglob("*.*") if p.is_file()]
-    wanted = {p.relative_to(ROOT).as_posix() for p in files if p.suffix in (".py", ".md", ".json")}
+    wanted = {p.relative_to(ROOT).as_posix() for p in files if p.suffix in SOURCE}
     wanted = {p for p in wanted if not p.startswith("python/patchpack/kernels/")}
     wanted |= {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
     assert not wanted - names
-
-
-def test_an_op_runs_from_the_wheel(distributions, tmp_path):
-    with zipfile.ZipFile(distributions[1]) as wheel:
-        wheel.extractall(tmp_path)
-    where = _python(
-        "import torch, patchpack, patchpack.kernels.rope_2d as kernel\n"
-        "q, grid = torch.randn(4, 1, 32), patchpack.PackedGrid([(2, 2)])\n"
-        "got, want = (patchpack.rope_2d(q, q, grid, impl=i)[0] for i in ('triton', 'reference'))\n"
-        "torch.testing.assert_close(got, want)\n"
-        "print(kernel.__file__)",
-        PYTHONPATH=str(tmp_path),
-    )
-    assert where.strip() == str(tmp_path / "patchpack/kernels/rope_2d.py")

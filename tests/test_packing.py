@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from patchpack import PackedGrid, interpolate_tokens
 from patchpack.packing import validate_cu_seqlens
 
+pytestmark = pytest.mark.usefixtures("with_and_without_extension")
+
 SIDES = st.integers(1, 6)
 
 

@@ -2,16 +2,23 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
-from patchpack import PackedGrid, patchify
+from patchpack import PackedGrid, available, patchify, resize_images
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
+RUN = [impl for impl in IMPLS if available("patchify", impl) is None]
+LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]
+needs_native = pytest.mark.skipif("native" not in RUN, reason="there is no C++ extension")
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 
 
@@ -107,7 +114,7 @@ def test_views_of_any_strides_have_the_bits_of_their_copies(floating):
         [(x.shape[0] if x.ndim == 4 else 1, *(n // 4 for n in x.shape[-2:])) for x in views]
     )
     want = patchify([x.contiguous() for x in views], grid, **options, impl="reference")
-    for impl in IMPLS:
+    for impl in RUN:
         assert torch.equal(patchify(views, grid, **options, impl=impl), want)
 
 
@@ -147,6 +154,171 @@ def test_no_images_are_no_patches(impl):
     rows = patchify([], PackedGrid([]), **plain(3), patch_size=14, dtype=torch.bfloat16, impl=impl)
     assert rows.shape == (0, 588)
     assert rows.dtype == torch.bfloat16
+
+
+MOMENTS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
+@pytest.mark.parametrize("size", [1, 3, 8, 14, 16, 17, 32])
+def test_native_patches_of_any_size_at_any_capability(size, cpu_capability):
+    clip = torch.randint(256, (3, 2 * size + size // 2, 5 * size, 3), dtype=torch.uint8)
+    bytes_ = clip.movedim(-1, 1)
+    floats = (clip / 255).movedim(-1, 1)
+    for x, layout, frames in ((bytes_, "ctpp", 2), (floats, "ctpp", 2), (bytes_, "ppc", 1)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            options = {"patch_size": size, "temporal_patch_size": frames, "layout": layout}
+            grid = PackedGrid([(-(-3 // frames), 2, 5)])
+            for y in (x, x.contiguous()):
+                got, want = (
+                    patchify([y], grid, **MOMENTS, **options, dtype=dtype, impl=impl)
+                    for impl in ("native", "reference")
+                )
+                assert torch.equal(got, want)
+
+
+@needs_native
+def test_native_patches_past_the_caches_are_the_same():
+    image = torch.randint(256, (700, 1400, 3), dtype=torch.uint8).movedim(-1, 0)
+    options = {"patch_size": 14, **MOMENTS}
+    large, small = PackedGrid([(50, 100)]), PackedGrid([(5, 100)])
+    for dtype in (torch.float32, torch.bfloat16):
+        got = patchify([image], large, **options, dtype=dtype, impl="native")
+        assert got.numel() > 2**20  # more than csrc keeps in the caches
+        for i in range(10):
+            part = patchify(
+                [image[:, 70 * i : 70 * (i + 1)]], small, **options, dtype=dtype, impl="native"
+            )
+            assert torch.equal(got[500 * i : 500 * (i + 1)], part)
+
+
+def ragged(seed):
+    """Images and clips of any strides, and a grid that they are resized to."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pixels(*shape):
+        image = torch.randint(256, (*shape, 3), dtype=torch.uint8, generator=generator)
+        return image.movedim(-1, -3)
+
+    images = [
+        pixels(37, 53),
+        pixels(3, 90, 20).contiguous(),
+        pixels(400, 31),  # loses its height first
+        pixels(1, 1),
+        pixels(70, 90)[:, 3:-5, ::2],
+    ]
+    return images, PackedGrid([(1, 4, 6), (2, 2, 8), (1, 2, 2), (1, 2, 4), (1, 10, 2)], 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_resampling_is_resizing_first(resample, impl):
+    images, grid = ragged(0)
+    options = {"patch_size": 4, "temporal_patch_size": 2, **MOMENTS}
+    sizes = [(4 * h, 4 * w) for _, h, w in grid.grid_thw.tolist()]
+    resized = resize_images(images, sizes, mode=resample, impl=impl)
+    want = patchify(resized, grid, **options, impl=impl)
+    assert torch.equal(patchify(images, grid, **options, resample=resample, impl=impl), want)
+
+
+@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
+@pytest.mark.parametrize("layout", ["ctpp", "ppc"])
+def test_native_resampling_at_any_capability(layout, cpu_capability):
+    images, grid = ragged(1)
+    images[1] = images[1][:2]
+    options = {"patch_size": 14, "layout": layout, "resample": "bicubic", **MOMENTS}
+    want = patchify(images, grid, **options, impl="reference")
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(patchify(images, grid, **options, impl="native"), want)
+        finally:
+            torch.set_num_threads(before)
+
+
+@needs_native
+def test_the_fused_operator_is_well_formed():
+    images, grid = ragged(2)
+    args = (grid.geometry, images, grid.num_tokens, 2, 4, [0.5] * 3, [0.5] * 3, 2, "ctpp")
+    op = torch.ops.patchpack.resize_patchify.native
+    torch.library.opcheck(op, (*args, torch.float32, False, "bicubic"))
+    with pytest.raises(RuntimeError, match=r"it is not of images\[1\]"):
+        op(grid.geometry, images[::-1], *args[2:], torch.float32, False, "bicubic")
+    with pytest.raises(ValueError, match="op must be one of"):
+        available("resize_patchify", "native")  # no op by itself
+
+
+@needs_native
+def test_native_patchify_lets_other_threads_run():
+    image = torch.randint(256, (3000, 4000, 3), dtype=torch.uint8).movedim(-1, 0)
+    grid = PackedGrid([(200, 280)])
+    inside, counts = threading.Event(), []
+
+    def count():
+        inside.wait()
+        while inside.is_set():
+            counts.append(None)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        options = {"patch_size": 14, **MOMENTS, "resample": "bicubic", "impl": "native"}
+        ticks = []
+        for _ in range(5):
+            inside.set()
+            start = len(counts)
+            op = torch.ops.patchpack.resize_patchify.native
+            op(
+                *(grid.geometry, [image], grid.num_tokens, 1, 14, [0.5] * 3, [0.5] * 3, 1),
+                *("ctpp", torch.float32, False, "bicubic"),
+            )
+            ticks.append(len(counts) - start)
+        patchify([image], grid, **options)
+    finally:
+        inside.clear()
+        counter.join()
+        torch.set_num_threads(before)
+    # holding the lock, the op would stop the other thread but for the moment of a switch
+    assert max(ticks) > 20_000
+
+
+@needs_native
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_and_threads_cut_the_same_patches(context):
+    sizes = [(200, 300), (97, 180), (40, 700), (300, 20)]
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
+    grid = PackedGrid([(3, 5), (2, 4)])
+    cut = partial(patchify, grid=grid, patch_size=14, **MOMENTS, resample="bicubic")
+    want = [cut(images[:2]), cut(images[2:])]  # this process has used its threads
+    loader = DataLoader(
+        images, batch_size=2, collate_fn=cut, num_workers=2, multiprocessing_context=context
+    )
+    assert all(map(torch.equal, loader, want))
+    with ThreadPoolExecutor(2) as pool:
+        assert all(map(torch.equal, pool.map(cut, [images[:2], images[2:]]), want))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="memory can be pinned here")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_memory_is_pinned_only_for_an_accelerator(impl):
+    with pytest.raises(ValueError, match="pin_memory needs an accelerator"):
+        patchify(
+            [IMAGE], PackedGrid([(2, 3)]), **plain(3), patch_size=4, pin_memory=True, impl=impl
+        )
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no memory can be pinned here")
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("resample", [None, "bicubic"])
+def test_pinned_patches_are_the_same(resample, impl):
+    image = torch.randint(256, (3, 28, 42), dtype=torch.uint8)
+    options = {"patch_size": 14, "resample": resample, "impl": impl, **MOMENTS}
+    pinned = patchify([image], PackedGrid([(2, 3)]), **options, pin_memory=True)
+    assert pinned.is_pinned()
+    assert torch.equal(pinned, patchify([image], PackedGrid([(2, 3)]), **options))
 
 
 IMAGE = torch.zeros(3, 8, 12)
@@ -197,6 +369,19 @@ CALL = {"images": [IMAGE], "grid": PackedGrid([(2, 3)]), "patch_size": 4, **plai
             ValueError,
             r"temporal_patch_size must be 1 in layout 'ppc', got 2",
         ),
+        ({"resample": "nearest"}, ValueError, r"resample must be one of 'bilinear', 'bicubic'"),
+        ({"resample": "bicubic"}, TypeError, r"images\[0\] to resample must be uint8, got float32"),
+        (
+            {"images": [BYTES[:, :0]], "resample": "bicubic"},
+            ValueError,
+            r"images\[0\] must have pixels",
+        ),
+        (
+            {"images": [BYTES.expand(2, 3, 8, 12)], "resample": "bicubic"},
+            ValueError,
+            r"\(2, 2, 3\) of images\[0\], got \(1, 2, 3\)",
+        ),
+        ({"pin_memory": 1}, TypeError, r"pin_memory must be a bool, got 1"),
         ({"dtype": torch.uint8}, TypeError, r"dtype must be .*, got torch.uint8"),
     ],
 )

@@ -7,14 +7,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from patchpack import resize_images
+from patchpack import available, resize_images
 from patchpack._resampling import BITS, height_first, resampling_weights
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
+RUN = [impl for impl in IMPLS if available("resize_images", impl) is None]
 FILTERS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
     "bilinear": PIL.Image.Resampling.BILINEAR,
 }
+needs_native = pytest.mark.skipif(
+    available("resize_images", "native") is not None, reason="there is no C++ extension"
+)
+LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]
 PILLOW = int(PIL.__version__.partition(".")[0])
 
 
@@ -61,7 +66,7 @@ def test_the_kernel_gives_the_bytes_of_pillow(mode):
 def test_the_height_goes_first_where_it_loses_more(before, after):
     image = noise(1, *before)
     want = by_pillow(image[0], after, "bicubic")
-    for impl in IMPLS:
+    for impl in RUN:
         assert torch.equal(resize_images([image], [after], impl=impl)[0][0], want)
 
 
@@ -93,6 +98,67 @@ def test_one_colour_stays(impl):
     assert torch.equal(resized, image[:, :1, :1].expand(3, 17, 50))
 
 
+SHAPES = [  # height and width before and after: ratios, sides of one pixel, blocks not full
+    ((1, 1), (1, 1)),
+    ((1, 300), (40, 1)),
+    ((300, 1), (1, 40)),
+    ((129, 65), (33, 131)),
+    ((700, 30), (3, 29)),
+    ((30, 700), (31, 3)),
+    ((2, 3), (150, 210)),
+    ((66, 400), (128, 97)),
+    ((257, 260), (64, 130)),
+    ((90, 120), (90, 64)),
+    ((64, 16), (65, 16)),
+]
+
+
+@pytest.mark.skipif(PILLOW < 13, reason="resizes the width first")
+@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
+@pytest.mark.parametrize("mode", FILTERS)
+def test_native_gives_the_bytes_of_pillow(mode, cpu_capability):
+    for seed, (before, after) in enumerate(SHAPES):
+        channels = (1, 3, 4, 2, 5)[seed % 5]
+        photo = noise(*before, channels, seed=seed)
+        crop = noise(before[0] + 2, 2 * before[1] + 1, channels + 1, seed=seed)
+        crop[1:-1, 1::2, :channels] = photo
+        image = photo.permute(2, 0, 1)
+        views = [
+            image,  # pixels in a row
+            image.contiguous(),
+            crop[1:-1, 1::2, :channels].permute(2, 0, 1),
+            photo.transpose(0, 1).contiguous().permute(2, 1, 0),  # lying down
+        ]
+        want = torch.stack([by_pillow(plane.contiguous(), after, mode) for plane in image])
+        for got in resize_images(views, [after] * len(views), mode=mode, impl="native"):
+            assert torch.equal(got, want), (before, after)
+
+
+@needs_native
+@settings(max_examples=200)
+@given(st.tuples(sides, sides), st.tuples(sides, sides), st.sampled_from(list(FILTERS)))
+def test_native_is_the_reference_at_any_size(before, after, mode):
+    image = noise(*before, 3).permute(2, 0, 1)
+    (got,) = resize_images([image], [after], mode=mode, impl="native")
+    (want,) = resize_images([image], [after], mode=mode, impl="reference")
+    assert torch.equal(got, want)
+
+
+@needs_native
+def test_strips_of_any_number_of_threads_meet():
+    images = [noise(300, 40, 3).permute(2, 0, 1), noise(2, 3, 170, 33), noise(1, 900, 20)]
+    sizes = [(290, 61), (333, 30), (200, 19)]
+    want = resize_images(images, sizes, impl="reference")
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        try:
+            got = resize_images(images, sizes, impl="native")
+        finally:
+            torch.set_num_threads(before)
+        assert all(map(torch.equal, got, want))
+
+
 def test_views_of_any_strides_have_the_bits_of_their_copies():
     photo = noise(40, 50, 4)
     views = [
@@ -104,7 +170,7 @@ def test_views_of_any_strides_have_the_bits_of_their_copies():
     ]
     sizes = [(20, 60), (50, 11), (7, 7), (18, 10), (41, 49)]
     want = resize_images([x.contiguous() for x in views], sizes, impl="reference")
-    for impl in IMPLS:
+    for impl in RUN:
         for x, y in zip(resize_images(views, sizes, impl=impl), want, strict=True):
             assert x.is_contiguous()
             assert torch.equal(x, y)

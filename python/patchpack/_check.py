@@ -21,9 +21,10 @@ def shape(name: str, x: Tensor, *want: int | None) -> None:
     if x.layout != torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout)
         raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
-    if x.ndim != len(want) or any(
-        w is not None and n != w for n, w in zip(x.shape, want, strict=True)
-    ):
+    fits = x.ndim == len(want)
+    for n, w in zip(x.shape, want, strict=False):
+        fits = fits and (w is None or n == w)
+    if not fits:
         sizes = ", ".join("*" if w is None else str(w) for w in want)
         raise ValueError(f"{name} must have shape [{sizes}], got {list(x.shape)}")
 

@@ -3,37 +3,57 @@
 An op is one ``torch.library`` operator a direction: what ``torch.compile``, ``FakeTensor`` and
 autograd see. It has an overload for each implementation. ``patchpack::<op>`` itself is a Triton
 launcher, run on the GPU for CUDA tensors and by Triton's interpreter for CPU tensors;
-``patchpack::<op>.native`` is C++ of the extension ``_C``. The reference is plain eager code and
-needs no registration.
+``patchpack::<op>.native`` is C++ of the extension ``_C``, ``patchpack::<op>.cuda`` CUDA C++ of
+``_C_cuda``. The reference is plain eager code and needs no registration.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-IMPLS = ("triton", "native", "reference")
-RUNS_ON = {"triton": ("cuda", "cpu", "meta"), "native": ("cpu", "meta")}
+IMPLS = ("triton", "cuda", "native", "reference")
+RUNS_ON = {
+    "triton": ("cuda", "cpu", "meta"),
+    "cuda": ("cuda", "meta"),
+    "native": ("cpu", "meta"),
+}
 
+# implementations by default: the first that is available
+_DEFAULTS = {
+    "cuda": ("triton", "cuda"),
+    "meta": ("triton", "cuda", "native", "reference"),
+    "cpu": ("native", "reference"),
+}
 # implementations that extensions register, and for which dispatch key
-_COMPILED = {"native": "CPU"}
+_COMPILED = {"cuda": "CUDA", "native": "CPU"}
 # the overload of an operator that is an implementation
-_OVERLOADS = {"triton": "default", "native": "native"}
+_OVERLOADS = {"triton": "default", "cuda": "cuda", "native": "native"}
 
 
-def _reason_not_native() -> str | None:
-    """Import the C++ extension, which gives the ``native`` overloads their kernels."""
-    if importlib.util.find_spec("patchpack._C") is None:
-        return "the C++ extension patchpack._C is not part of this installation"
+def _reason_not_loaded(extension: str) -> str | None:
+    """Import an extension, which gives the overloads of an implementation their kernels."""
+    # an editable installation elsewhere would lend its own to a package that has none
+    here = [str(Path(__file__).parent)]
+    name = f"patchpack.{extension}"
+    if importlib.machinery.PathFinder.find_spec(name, here) is None:
+        return f"the C++ extension {name} is not part of this installation"
     try:
-        importlib.import_module("patchpack._C")
+        importlib.import_module(name)
+        if extension == "_C":  # refuses what PATCHPACK_CPU_CAPABILITY asks for
+            torch.ops.patchpack.cpu_capability("")
     except ImportError as error:
-        return f"the C++ extension patchpack._C does not load: {error}"
+        return f"the extension {name} does not load with torch {torch.__version__}: {error}"
+    except RuntimeError as error:
+        return f"the extension {name} refuses to run: {error}"
     return None
 
 
@@ -42,7 +62,8 @@ _NOT_INSTALLED = {
     "triton": None
     if importlib.util.find_spec("triton")
     else "Triton is not installed: pip install triton",
-    "native": _reason_not_native(),
+    "cuda": _reason_not_loaded("_C_cuda") if torch.version.cuda else "this torch is without CUDA",
+    "native": _reason_not_loaded("_C"),
     "reference": None,
 }
 # why an implementation of an op cannot run, by op and implementation
@@ -54,11 +75,15 @@ def available(op: str, impl: str) -> str | None:
 
     Args:
         op: Name of a public op, such as ``"rope_2d"``.
-        impl: ``"triton"``, ``"native"`` or ``"reference"``.
+        impl: ``"triton"``, ``"cuda"``, ``"native"`` or ``"reference"``.
 
     Returns:
         ``None`` if it can, otherwise the reason as a sentence. On CPU tensors ``"triton"`` runs in
-        Triton's interpreter: correct, and slow.
+        Triton's interpreter: correct, and slow. ``"cuda"``, which few ops have, is CUDA C++
+        compiled ahead of time, for machines where Triton cannot compile.
+
+    By default CUDA tensors take ``"triton"`` where Triton is installed, else ``"cuda"``, and CPU
+    tensors ``"native"`` where it is built, else ``"reference"``, which is slow.
 
     Raises:
         ValueError: There is no such op or implementation.
@@ -77,8 +102,9 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     device = x.device.type
     if impl is None:
-        cpu = "reference" if _UNAVAILABLE[op]["native"] else "native"
-        impl = {"cuda": "triton", "meta": "triton", "cpu": cpu}.get(device, "reference")
+        choices = _DEFAULTS.get(device, ("reference",))
+        usable = [choice for choice in choices if not _UNAVAILABLE[op][choice]]
+        impl = (usable or choices)[0]
     if impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
     reason = _UNAVAILABLE[op][impl]
@@ -87,6 +113,25 @@ def resolve(op: str, impl: str | None, **first: Tensor) -> str:
     if reason:
         raise ValueError(f"impl={impl!r} of {op} is not available: {reason}")
     return impl
+
+
+def native(name: str, *args: object) -> Any:
+    """What the C++ operator ``name`` makes of plain CPU tensors, without registered autograd.
+
+    Returns:
+        ``None`` where that is not to be had: without the extension, while ``torch.compile`` looks
+        at the code, for subclasses and other devices, and if C++ refuses the arguments. Code that
+        serves them all then has to do it, or to say what is wrong.
+    """
+    if _NOT_INSTALLED["native"] or torch.compiler.is_compiling():
+        return None
+    for x in args:
+        if isinstance(x, Tensor) and not (type(x) is Tensor and x.is_cpu):
+            return None
+    try:
+        return getattr(torch.ops.patchpack, name).default(*args)
+    except RuntimeError:
+        return None
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -103,7 +148,7 @@ def operator(name: str, impl: str) -> Callable:
 
 def define(
     schema: str,
-    launcher: str,
+    launcher: str | None,
     *,
     fake: Callable,
     setup_context: Callable | None = None,
@@ -114,13 +159,19 @@ def define(
     Args:
         schema: The operator in PyTorch's schema language.
         launcher: ``module:function`` under ``patchpack.kernels``, imported at the first call, with
-            the schema's arguments; the first one is a tensor, or a list of some.
+            the schema's arguments; the first one is a tensor, or a list of some. ``None`` for a
+            fusion of other ops that only an extension has: no op by itself, ``available`` does not
+            know it.
         fake: Shapes and dtypes of the outputs.
         setup_context: Saves what ``backward`` needs, ``(ctx, inputs, output)``. It finds the
             implementation that runs in ``ctx.impl``.
         backward: Gradients of the inputs. Without it, asking for them raises.
     """
     name = schema.partition("(")[0]
+    for impl in _COMPILED:
+        _register(schema.replace(name, f"{name}.{impl}", 1), impl, fake, setup_context, backward)
+    if launcher is None:
+        return
     module, _, function = launcher.partition(":")
 
     def launch(*args):
@@ -140,7 +191,6 @@ def define(
     _register(schema, "triton", fake, setup_context, backward)
     _LIBRARY.impl(name, launch_cuda, "CUDA")
     _LIBRARY.impl(name, launch_cpu, "CPU")
-    _register(schema.replace(name, f"{name}.native", 1), "native", fake, setup_context, backward)
     if not name.endswith("_backward"):
         _UNAVAILABLE[name] = {impl: _reason(name, impl) for impl in IMPLS}
 
@@ -151,7 +201,7 @@ def _reason(op: str, impl: str) -> str | None:
         return _NOT_INSTALLED[impl]
     name, key = f"patchpack::{op}.{impl}", _COMPILED[impl]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-    return None if has_kernel else f"{op} has no {impl} kernel"
+    return None if has_kernel else f"the op has no {impl} kernel"
 
 
 def _register(

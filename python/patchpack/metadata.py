@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from patchpack import _check
+from patchpack import _check, _dispatch
 from patchpack.packing import _grid
 
 # Vision encoder ----------------------------------------------------------------------------------
@@ -46,6 +46,10 @@ def get_vision_cu_seqlens(
     """
     _check_grids(grid_thw)
     _check.flags(merge_temporal=merge_temporal)
+    num_segments = None if merge_temporal else _given("num_segments", num_segments)
+    native = _dispatch.native("vision_cu_seqlens", grid_thw, merge_temporal, num_segments)
+    if native is not None:
+        return native
     grid_thw = grid_thw.long()
     if merge_temporal:
         return _grid.geometry_of(grid_thw)[:, 0].int()
@@ -81,13 +85,21 @@ def get_vision_position_ids(
     """
     _check_grids(grid_thw)
     _check.flags(include_temporal=include_temporal)
-    grid_thw, m = grid_thw.long(), spatial_merge_size
+    m = spatial_merge_size
     if isinstance(m, Tensor):
         _check.shape("spatial_merge_size", m, grid_thw.shape[0])
         _check.dtype("spatial_merge_size", m, torch.int64, torch.int32)
         _check.same_device(grid_thw=grid_thw, spatial_merge_size=m)
     else:
         (m,) = _check.whole(spatial_merge_size=m)
+    num_tokens = _given("num_tokens", num_tokens)
+    one, each = (1, m) if isinstance(m, Tensor) else (m, None)
+    native = _dispatch.native(
+        "vision_position_ids", grid_thw, one, each, include_temporal, num_tokens
+    )
+    if native is not None:
+        return native
+    grid_thw = grid_thw.long()
     num_tokens = _length("num_tokens", num_tokens, grid_thw, m, lambda t, h, w: (t * h * w).sum())
     if isinstance(m, Tensor):
         m = torch.nn.functional.pad(m, (0, 1), value=1)  # of what is past the last image
@@ -136,12 +148,17 @@ def get_vision_window_index(
     m, window_size, patch_size = _check.whole(
         spatial_merge_size=spatial_merge_size, window_size=window_size, patch_size=patch_size
     )
-    side = window_size // m // patch_size
+    side = min(window_size // m // patch_size, 2**31)  # no image is larger
     if side < 1:
         raise ValueError(
             f"window_size must be at least the {m * patch_size} pixels of a merged token,"
             f" got {window_size}"
         )
+    num_tokens = _given("num_tokens", num_tokens)
+    num_windows = _given("num_windows", num_windows)
+    native = _dispatch.native("vision_window_index", grid_thw, m, side, num_tokens, num_windows)
+    if native is not None:
+        return native
     grid_thw = grid_thw.long()
 
     def windows(frames: Tensor, rows: Tensor, cols: Tensor) -> Tensor:  # in patches
@@ -184,6 +201,11 @@ def _check_grids(grid_thw: Tensor) -> None:
     _check.dtype("grid_thw", grid_thw, torch.int64, torch.int32)
 
 
+def _given(name: str, length: int | None) -> int | None:
+    """``length`` as a Python integer, if it is given."""
+    return None if length is None else _check.whole(0, **{name: length})[0]
+
+
 def _length(
     name: str,
     length: int | None,
@@ -193,7 +215,7 @@ def _length(
 ) -> int:
     """``length`` as given, or what ``count`` makes of the sizes, once they are checked."""
     if length is not None:
-        return _check.whole(0, **{name: length})[0]
+        return length
     if grid_thw.device.type != "cpu":
         raise ValueError(
             f"{name} must be given for grid_thw on {grid_thw.device}: counting would wait for it"
@@ -286,6 +308,23 @@ def get_mrope_position_ids(
         video_token_id=video_token_id,
     )
     (tokens_per_second,) = _check.numbers(tokens_per_second=tokens_per_second)
+    native = _dispatch.native(
+        "mrope_position_ids",
+        input_ids,
+        image_grid_thw,
+        video_grid_thw,
+        attention_mask,
+        cu_seqlens,
+        second_per_grid_ts,
+        vision_start,
+        image_id,
+        video_id,
+        float(tokens_per_second),
+        split_frames,
+        m,
+    )
+    if native is not None:
+        return native
     ids, valid, bounds = _flat_samples(input_ids, attention_mask, cu_seqlens)
     bounds = bounds.clamp(0, ids.numel())
 

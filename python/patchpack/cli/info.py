@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in _versions().items():
         print(f"{name:<12}{value}")
 
-    reasons = {}
+    missing: dict[tuple[str, str], list[str]] = {}  # ops by implementation and reason
     print(f"\n{'op':<20}" + "".join(f"{impl:<12}" for impl in _dispatch.IMPLS).rstrip())
     for op in SPECS:
         marks = []
@@ -29,18 +29,27 @@ def run(args: argparse.Namespace) -> int:
             reason = patchpack.available(op, impl)
             marks.append("no" if reason else "yes")
             if reason:
-                reasons[impl] = reason
+                missing.setdefault((impl, reason), []).append(op)
         print(f"{op:<20}" + "".join(f"{mark:<12}" for mark in marks).rstrip())
 
     print()
-    for impl, reason in reasons.items():
-        print(f"{impl} is not available: {reason}")
+    for (impl, reason), ops in missing.items():
+        print(f"{impl} is not available{_of(ops)}: {reason}")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        impl = _dispatch.resolve(next(iter(SPECS)), None, x=torch.empty(0, device=device))
-        print(f"impl=None on {device} tensors is {impl!r}")
-    if "triton" not in reasons:
+        defaults: dict[str, list[str]] = {}
+        for op in SPECS:
+            impl = _dispatch.resolve(op, None, x=torch.empty(0, device=device))
+            defaults.setdefault(impl, []).append(op)
+        for impl, ops in defaults.items():
+            print(f"impl=None on {device} tensors is {impl!r}{_of(ops)}")
+    if not any(impl == "triton" for impl, _ in missing):
         print("impl='triton' on cpu tensors is Triton's interpreter: correct, and slow")
     return 0
+
+
+def _of(ops: list[str]) -> str:
+    """Which ops a line is about, unless it is about all of them."""
+    return "" if len(ops) == len(SPECS) else f" for {', '.join(ops)}"
 
 
 def _versions() -> dict[str, str]:

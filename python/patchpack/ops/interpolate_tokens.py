@@ -40,7 +40,8 @@ def interpolate_tokens(
         antialias: Widen the filter when shrinking. For ``"bilinear"`` and ``"bicubic"``.
         spatial_merge_size: Order of the resized tokens, as in ``PackedGrid``; by default that of
             ``grid``.
-        impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
+        impl: ``"triton"``, ``"cuda"``, ``"native"`` or ``"reference"``; by default that of the
+            device.
 
     Returns:
         The resized tokens, contiguous, ``[T', C]``, dtype of ``x``, and their ``PackedGrid``.

@@ -33,7 +33,8 @@ def mrope(
         mrope_interleaved: Deal the pairs out in turn (Qwen3-VL) instead of in three sections
             (Qwen2-VL). A section that is too long to be dealt out gives its rest to time.
         base: Wavelength base, dimensionless.
-        impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
+        impl: ``"triton"``, ``"cuda"``, ``"native"`` or ``"reference"``; by default that of the
+            device.
 
     Returns:
         The rotated ``q`` and ``k``, contiguous, same shapes and dtype. Differentiable in both; only

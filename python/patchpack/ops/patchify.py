@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from patchpack import _check, _dispatch, reference
+from patchpack._resampling import FILTERS
+from patchpack.ops.resize_images import resize_images
 from patchpack.packing import PackedGrid
 
 
@@ -22,6 +24,8 @@ def patchify(
     temporal_patch_size: int = 1,
     layout: str = "ctpp",
     dtype: torch.dtype = torch.float32,
+    resample: str | None = None,
+    pin_memory: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Cut images and clips into patches, normalise them and pack them into one sequence.
@@ -35,7 +39,8 @@ def patchify(
             (scaled by 1 / 255) or all of one floating dtype (taken as they are), on the device of
             ``grid``. Any strides, as of a permuted view of ``[H, W, C]`` or a crop: not copied.
         grid: The patches: ``ceil(F / temporal_patch_size)`` frames, ``H // patch_size`` rows and
-            ``W // patch_size`` columns of each image, and their order.
+            ``W // patch_size`` columns of each image, and their order. With ``resample``, any rows
+            and columns.
         patch_size: Side of a patch, in pixels.
         mean: Mean of each of the ``C`` channels, taken off.
         std: Standard deviation of each channel, divided by.
@@ -44,6 +49,12 @@ def patchify(
             the weight of a convolution; or ``"ppc"``, row, column, channel, where a patch has one
             frame.
         dtype: Dtype of the patches, float32, bfloat16 or float16.
+        resample: ``"bicubic"`` or ``"bilinear"``: images, which are uint8, are first resized to
+            whole patches, ``rows * patch_size`` times ``cols * patch_size`` pixels of their grid,
+            to the bytes of ``resize_images``. On a CPU the resized image is never stored as a
+            whole: strips of it are cut while they are in the cache.
+        pin_memory: Put the patches, of a batch on the CPU, into page-locked memory, from which
+            ``.to("cuda", non_blocking=True)`` copies while the host goes on.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
 
     Returns:
@@ -54,6 +65,7 @@ def patchify(
     Raises:
         ValueError: A shape, a device, a number, ``layout`` or ``impl`` does not fit, or ``grid`` is
             not the patches of ``images``. The last is not looked for inside ``torch.compile``.
+            Or memory is to be pinned, and the batch is not on the CPU or torch has no accelerator.
         TypeError: A dtype or a type does not fit.
 
     Computed in float32 and rounded once to ``dtype``. Means and deviations are copied to a device
@@ -81,7 +93,18 @@ def patchify(
     floats = (*_check.FLOATS, *((torch.float64,) if impl == "reference" else ()))
     if dtype not in floats:
         raise TypeError(f"dtype must be one of {', '.join(map(str, floats))}, got {dtype!r}")
+    _check.flags(pin_memory=pin_memory)
+    if pin_memory and grid.geometry.device.type != "cpu":
+        raise ValueError(f"pin_memory is for a batch on the CPU, got one on {grid.geometry.device}")
+    if pin_memory and not torch.accelerator.is_available():
+        raise ValueError("pin_memory needs an accelerator to copy to, and torch finds none")
     named = {f"images[{i}]": image for i, image in enumerate(images)}
+    if resample is not None:
+        _check.one_of("resample", resample, FILTERS)
+        for name, image in named.items():
+            _check.dtype(f"{name} to resample", image, torch.uint8)
+            if image.shape[-2] == 0 or image.shape[-1] == 0:
+                raise ValueError(f"{name} must have pixels, got {list(image.shape)}")
     if images and images[0].dtype == torch.uint8:
         for name, image in named.items():
             _check.dtype(name, image, torch.uint8)
@@ -102,7 +125,7 @@ def patchify(
                 image.shape[-1] // patch_size,
             )
         )
-    _check_sizes(sizes, grid)
+    _check_sizes(sizes, grid, resample is not None)
     options = {
         "patch_size": patch_size,
         "mean": mean,
@@ -111,34 +134,45 @@ def patchify(
         "layout": layout,
         "dtype": dtype,
     }
+    sequence = (grid.num_tokens, grid.spatial_merge_size)
+    if resample is not None and impl == "native":
+        return _dispatch.operator("resize_patchify", impl)(
+            grid.geometry, images, *sequence, *options.values(), pin_memory, resample
+        )
+    if resample is not None:
+        sides = [(h * patch_size, w * patch_size) for _, h, w in grid.grid_thw.tolist()]
+        images = resize_images(images, sides, mode=resample, impl=impl)
     if impl == "reference":
         with _dispatch.without_autocast(grid.geometry):
-            return reference.patchify(images, grid, **options)
+            patches = reference.patchify(images, grid, **options)
+        return patches.pin_memory() if pin_memory else patches
     return _dispatch.operator("patchify", impl)(
-        grid.geometry, images, grid.num_tokens, grid.spatial_merge_size, *options.values()
+        grid.geometry, images, *sequence, *options.values(), pin_memory
     )
 
 
-def _check_sizes(sizes: list[tuple[int, int, int]], grid: PackedGrid) -> None:
-    """``grid`` has one of ``sizes`` for each image."""
+def _check_sizes(sizes: list[tuple[int, int, int]], grid: PackedGrid, resized: bool) -> None:
+    """``grid`` has one of ``sizes`` for each image, or its frames if it will be resized."""
     if len(sizes) != grid.num_grids:
         raise ValueError(f"images must be one for each of {grid.num_grids} grids, got {len(sizes)}")
     if torch.compiler.is_compiling() or type(grid.grid_thw) is not Tensor:  # no values to read
-        torch._check(sum(t * h * w for t, h, w in sizes) == grid.num_tokens)
+        torch._check(resized or sum(t * h * w for t, h, w in sizes) == grid.num_tokens)
         return
     for i, (size, want) in enumerate(zip(sizes, grid.grid_thw.tolist(), strict=True)):
+        if resized:
+            size = (size[0], *want[1:])
         if list(size) != want:
             raise ValueError(
                 f"grid must be the patches of images, {size} of images[{i}], got {tuple(want)}"
             )
 
 
-def _fake(geometry, images, num_tokens, merge, patch_size, mean, std, temporal, layout, dtype):
-    return geometry.new_empty(num_tokens, len(mean) * temporal * patch_size**2, dtype=dtype)
+def _fake(geometry, images, num_tokens, merge, size, mean, std, temporal, layout, dtype, *_):
+    return geometry.new_empty(num_tokens, len(mean) * temporal * size**2, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    geometry, images, _, *ctx.options, _ = inputs
+    geometry, images, _, *ctx.options, _, _ = inputs
     ctx.shapes = [image.shape for image in images]
     ctx.dtype = images[0].dtype if images else None
     ctx.save_for_backward(geometry)
@@ -151,7 +185,7 @@ def _backward(ctx, grad):
     )
     parts = flat.split([math.prod(shape) for shape in ctx.shapes])
     grads = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
-    return None, grads, None, None, None, None, None, None, None, None
+    return None, grads, *[None] * 9
 
 
 def _fake_backward(grad, geometry, sizes, merge, patch_size, mean, std, temporal, layout, dtype):
@@ -162,11 +196,18 @@ def _fake_backward(grad, geometry, sizes, merge, patch_size, mean, std, temporal
 _dispatch.define(
     "patchify(Tensor geometry, Tensor[] images, SymInt num_tokens, int spatial_merge_size,"
     " int patch_size, float[] mean, float[] std, int temporal_patch_size, str layout,"
-    " ScalarType dtype) -> Tensor",
+    " ScalarType dtype, bool pin_memory) -> Tensor",
     "patchify:cut",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_dispatch.define(
+    "resize_patchify(Tensor geometry, Tensor[] images, SymInt num_tokens, int spatial_merge_size,"
+    " int patch_size, float[] mean, float[] std, int temporal_patch_size, str layout,"
+    " ScalarType dtype, bool pin_memory, str resample) -> Tensor",
+    None,
+    fake=_fake,
 )
 _dispatch.define(
     "patchify_backward(Tensor grad, Tensor geometry, SymInt[] sizes, int spatial_merge_size,"

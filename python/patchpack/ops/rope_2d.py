@@ -32,7 +32,8 @@ def rope_2d(
         interleaved: Pair channels ``(2 i, 2 i + 1)`` instead of ``(i, i + D / 2)``.
         axes: Which pairs turn with the row: ``"split"`` (Qwen2-VL), ``"even_odd"`` (Pixtral) or
             ``"paired"`` (MoonViT, whose layout is also interleaved).
-        impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
+        impl: ``"triton"``, ``"cuda"``, ``"native"`` or ``"reference"``; by default that of the
+            device.
 
     Returns:
         The rotated ``q`` and ``k``, contiguous, same shapes and dtype. Differentiable in both; only

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchpack import _dispatch
+
 _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
 # a registered op, so that a grid can be built inside torch.compile: its lengths are data there
 _LIBRARY.define(
@@ -99,7 +101,10 @@ def position_ids_of(
     return torch.stack([*frame, row, col], dim=1)
 
 
-def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
+def _metadata(
+    sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool
+) -> tuple[Tensor, Tensor, int, int]:
+    """Geometry, segments, number of tokens and length of the longest segment."""
     check_sizes(sizes, spatial_merge_size)
     frames, rows, cols = sizes.T
     in_frame = rows * cols
@@ -110,18 +115,17 @@ def _metadata(sizes: np.ndarray, spatial_merge_size: int, merge_temporal: bool):
         cu_seqlens = geometry[:, 0].int()
     else:
         cu_seqlens = cu_seqlens_of(geometry, grid_thw[:, 0], int(frames.sum()))
-    return (
-        geometry,
-        cu_seqlens,
-        # carry numbers as sizes
-        torch.empty(int((frames * in_frame).sum()), 0, device="cpu"),
-        torch.empty(int(in_segment.max(initial=0)), 0, device="cpu"),
-    )
+    num_tokens, longest = (frames * in_frame).sum(), in_segment.max(initial=0)
+    return geometry, cu_seqlens, int(num_tokens), int(longest)
 
 
 @torch.library.impl(_LIBRARY, "grid_metadata", "CPU")
 def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
-    return _metadata(grid_thw.numpy(), spatial_merge_size, merge_temporal)
+    found = _dispatch.native("packed_grid", grid_thw, spatial_merge_size, merge_temporal)
+    if found is None:
+        found = _metadata(grid_thw.numpy(), spatial_merge_size, merge_temporal)
+    geometry, cu_seqlens, *numbers = found
+    return geometry, cu_seqlens, *(torch.empty(n, 0, device="cpu") for n in numbers)
 
 
 @torch.library.register_fake("patchpack::grid_metadata", lib=_LIBRARY)
@@ -154,6 +158,15 @@ def _(grid_thw: Tensor, merge_size: int):
     return sizes, grid_thw.new_empty(num_tokens, 0, dtype=torch.float32)
 
 
+def _merged_sizes(grid_thw: Tensor, merge_size: int) -> tuple[Tensor, int]:
+    """Sizes after ``m x m`` tokens became one, and how many tokens that leaves."""
+    found = _dispatch.native("merged_grid", grid_thw, merge_size)
+    if found is not None:
+        return found
+    sizes, tokens = torch.ops.patchpack.merged_sizes(grid_thw, merge_size)
+    return sizes, tokens.shape[0]
+
+
 def is_integer(n: object) -> bool:
     """Whether ``n`` is an integer of Python or NumPy."""
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
@@ -167,10 +180,25 @@ def _merge_size(m: int, name: str = "spatial_merge_size") -> int:
     return int(m)
 
 
+def _plain_rows(rows: list, widths: set[int]) -> np.ndarray | None:
+    """``rows`` as int64, if they are the usual: tuples or lists of one width, of small integers."""
+    found = {*map(len, rows)} if {*map(type, rows)} <= {tuple, list} else set()
+    if len(found) != 1 or not found <= widths:
+        return None
+    numbers = list(itertools.chain.from_iterable(rows))
+    if {*map(type, numbers)} != {int} or min(numbers) <= -(2**31) or max(numbers) >= 2**31:
+        return None
+    return np.array(numbers, dtype=np.int64).reshape(len(rows), -1)
+
+
 def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     """Sizes as int64 ``[G, 3]``; a pair is a single frame."""
     if not isinstance(sizes, Iterable):
         raise TypeError(f"grid_thw must be rows of integers or a tensor, got {sizes!r}")
+    sizes = list(sizes)
+    plain = _plain_rows(sizes, {2, 3})
+    if plain is not None:
+        return plain if plain.shape[1] == 3 else np.insert(plain, 0, 1, axis=1)
     rows = []
     for i, size in enumerate(sizes):
         row = tuple(size) if isinstance(size, Iterable) else (size,)
@@ -216,14 +244,16 @@ def _pairs_on_host(
             raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
         single = len(target_hw) > 0 and is_integer(target_hw[0])
         pairs: list[Any] = [target_hw] if single else list(target_hw)
-        for pair in pairs:
+        plain = _plain_rows(pairs, {2})
+        for pair in pairs if plain is None else ():
             is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
             if not is_pair or not all(map(is_integer, pair)):
                 raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
             if max(map(abs, pair)) >= 2**31:
                 raise ValueError(f"target_hw must be below 2**31 on every axis, got {pair}")
-        target_hw = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
-        target_hw = target_hw[0] if single else target_hw
+        if plain is None:
+            plain = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        target_hw = torch.from_numpy(plain[0] if single else plain)
     if target_hw.is_floating_point() or target_hw.is_complex() or target_hw.dtype == torch.bool:
         raise TypeError(f"target_hw must have an integer dtype, got {target_hw.dtype}")
     if target_hw.device.type != "cpu":
@@ -292,30 +322,54 @@ class PackedGrid:
         with torch.inference_mode(False):  # or no backward pass could keep these tensors
             if isinstance(grid_thw, Tensor):
                 device = grid_thw.device if device is None else device
-                sizes = _on_host(grid_thw)
-                metadata = torch.ops.patchpack.grid_metadata(sizes, m, merge_temporal)
+                rows, sizes = None, _on_host(grid_thw)
             else:
                 rows = _rows_of(grid_thw)
                 sizes = torch.from_numpy(rows)
-                metadata = _metadata(rows, m, merge_temporal)
-            geometry, cu_seqlens, tokens, longest = metadata
-            device = _device("cpu" if device is None else device)
-            self._set(
-                grid_thw=sizes.clone(),  # a copy to look at: kernels trust what they are given
-                spatial_merge_size=m,
-                merge_temporal=merge_temporal,
-                device=device,
-                num_tokens=tokens.shape[0],
-                max_seqlen=longest.shape[0],
-                geometry=geometry.to(device, non_blocking=True),
-                cu_seqlens=cu_seqlens.to(device, non_blocking=True),
-                _sizes=sizes,
-                _position_ids=None,
-            )
+            self._build(sizes, rows, m, merge_temporal, "cpu" if device is None else device)
+
+    def _build(
+        self,
+        sizes: Tensor,
+        rows: np.ndarray | None,
+        spatial_merge_size: int,
+        merge_temporal: bool,
+        device: torch.device | str,
+    ) -> None:
+        """Set all fields from ``sizes``, int64 ``[G, 3]`` on the CPU, and its ``rows`` if known."""
+        arguments = sizes, spatial_merge_size, merge_temporal
+        found = _dispatch.native("packed_grid", *arguments)
+        if found is None and rows is not None:
+            found = _metadata(rows, spatial_merge_size, merge_temporal)
+        elif found is None:
+            *found, tokens, longest = torch.ops.patchpack.grid_metadata(*arguments)
+            found += tokens.shape[0], longest.shape[0]
+        geometry, cu_seqlens, num_tokens, max_seqlen = found
+        device = _device(device)
+        if device.type != "cpu":
+            geometry = geometry.to(device, non_blocking=True)
+            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        self._set(
+            grid_thw=sizes.clone(),  # a copy to look at: kernels trust what they are given
+            spatial_merge_size=spatial_merge_size,
+            merge_temporal=merge_temporal,
+            device=device,
+            num_tokens=num_tokens,
+            max_seqlen=max_seqlen,
+            geometry=geometry,
+            cu_seqlens=cu_seqlens,
+            _sizes=sizes,
+            _position_ids=None,
+        )
+
+    def _like(self, sizes: Tensor, spatial_merge_size: int, device: torch.device) -> PackedGrid:
+        """A grid of other ``sizes``, which become its own."""
+        grid = object.__new__(PackedGrid)
+        grid._build(sizes, None, spatial_merge_size, self.merge_temporal, device)
+        return grid
 
     def _set(self, **fields) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(fields)
 
     @property
     def num_grids(self) -> int:
@@ -333,11 +387,17 @@ class PackedGrid:
         position_ids = self._position_ids
         if position_ids is None:
             with torch.inference_mode(False):
-                position_ids = position_ids_of(
-                    self.geometry, self.spatial_merge_size, self.num_tokens
-                )
+                position_ids = self._make_position_ids()
             self._set(_position_ids=position_ids)
         return position_ids
+
+    def _make_position_ids(self) -> Tensor:
+        m = self.spatial_merge_size
+        if type(self.geometry) is Tensor and self.geometry.is_cpu:
+            found = _dispatch.native("vision_position_ids", self._sizes, m, None, False, None)
+            if found is not None:
+                return found
+        return position_ids_of(self.geometry, m, self.num_tokens)
 
     def num_blocks(self, size: int) -> int:
         """How many blocks of ``size x size`` tokens the maps are made of, known on the host.
@@ -347,7 +407,7 @@ class PackedGrid:
         """
         if self.spatial_merge_size % size == 0:  # checked when the grid was built
             return self.num_tokens // size**2
-        return torch.ops.patchpack.merged_sizes(self._sizes, size)[1].shape[0]
+        return _merged_sizes(self._sizes, size)[1]
 
     def merged(self, merge_size: int | None = None) -> PackedGrid:
         """The grid after every ``m x m`` block of patches became one token, in raster order.
@@ -361,8 +421,9 @@ class PackedGrid:
             ValueError: Rows or columns do not divide by ``merge_size``.
         """
         m = self.spatial_merge_size if merge_size is None else _merge_size(merge_size, "merge_size")
-        sizes, _ = torch.ops.patchpack.merged_sizes(self._sizes, m)
-        return PackedGrid(sizes, 1, self.merge_temporal, device=self.geometry.device)
+        with torch.inference_mode(False):
+            sizes, _ = _merged_sizes(self._sizes, m)
+            return self._like(sizes, 1, self.geometry.device)
 
     def resized(
         self,
@@ -384,11 +445,12 @@ class PackedGrid:
         m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
         m = _merge_size(m)
         pairs = _pairs_on_host(target_hw, self.num_grids)
-        grid_thw = torch.cat([self._sizes[:, :1], pairs], dim=1)
-        try:
-            return PackedGrid(grid_thw, m, self.merge_temporal, device=self.geometry.device)
-        except ValueError as error:
-            raise ValueError(f"target_hw does not fit: {error}") from None
+        with torch.inference_mode(False):
+            sizes = torch.cat([self._sizes[:, :1], pairs], dim=1)
+            try:
+                return self._like(sizes, m, self.geometry.device)
+            except ValueError as error:
+                raise ValueError(f"target_hw does not fit: {error}") from None
 
     def to(self, device: torch.device | str) -> PackedGrid:
         """The same grid with its device tensors on ``device``; itself if they are there."""
@@ -396,7 +458,8 @@ class PackedGrid:
         if device == self.geometry.device:
             return self
         # built anew from what the host knows: no device is waited for
-        return PackedGrid(self._sizes, self.spatial_merge_size, self.merge_temporal, device=device)
+        with torch.inference_mode(False):
+            return self._like(self._sizes, self.spatial_merge_size, device)
 
     def validate(self) -> None:
         """Check that all tensors say what the grid was built from. Waits for the device.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchpack import _check, patchify
+from patchpack import _check, available, patchify, resize_images
 from patchpack.packing import PackedGrid
 from patchpack.systems._plan import Plan
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     Image: TypeAlias = PIL.Image.Image | np.ndarray | Tensor
 
 P = TypeVar("P", bound=Plan)
+
+# without the C++ extension Pillow resizes: the bytes are the same
+NATIVE = available("resize_images", "native") is None
 
 
 def to_rgb(name: str, image: Any) -> PIL.Image.Image:
@@ -76,15 +79,51 @@ def is_video(image: Any) -> bool:
     return isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
 
 
-def to_frames(name: str, image: Any) -> list[PIL.Image.Image]:
-    """The frames of a video, or the one of an image, as ``to_rgb`` makes them."""
+def _bytes_of(image: Any) -> Tensor | None:
+    """A view ``[..., H, W, 3]`` of an array or tensor, if its pixels are 8-bit RGB already."""
+    if isinstance(image, Tensor) and image.device.type == "cpu" and image.ndim >= 3:
+        image = image.movedim(-3, -1).numpy() if image.dtype == torch.uint8 else None
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.size == 0:
+        return None
+    if image.ndim < 3 or image.shape[-1] != 3:
+        return None
+    if min(image.strides) < 0:  # torch has none
+        image = np.ascontiguousarray(image)
+    return torch.from_numpy(image if image.flags.writeable else np.asarray(_Writable(image)))
+
+
+class _Writable:
+    """What NumPy takes for a writable array: of another torch warns, though nothing writes here."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # alive as long as its view
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def to_clip(name: str, image: Any) -> Tensor:
+    """The frames of a video, or the one of an image, as ``to_rgb`` makes them: ``[F, H, W, 3]``.
+
+    A view of an array or tensor of bytes.
+    """
     if not is_video(image):
-        return [to_rgb(name, image)]
-    clip = [to_rgb(f"{name}[{i}]", frame) for i, frame in enumerate(image)]
-    if len({frame.size for frame in clip}) != 1:
-        sizes = sorted({(frame.height, frame.width) for frame in clip})
+        return _to_pixels(name, image)[None]
+    clip = _bytes_of(image)
+    if clip is not None:
+        return clip
+    frames = [_to_pixels(f"{name}[{i}]", frame) for i, frame in enumerate(image)]
+    sizes = sorted({tuple(frame.shape[:2]) for frame in frames})
+    if len(sizes) != 1:
         raise ValueError(f"{name} must have frames of one size, got {sizes}")
-    return clip
+    return torch.stack(frames)
+
+
+def _to_pixels(name: str, image: Any) -> Tensor:
+    pixels = _bytes_of(image) if getattr(image, "ndim", 0) == 3 else None
+    if pixels is None:
+        pixels = _bytes_of(np.asarray(to_rgb(name, image)))
+    assert pixels is not None
+    return pixels
 
 
 def clips_of(
@@ -92,17 +131,17 @@ def clips_of(
     plans: Iterable[P] | None,
     kind: type[P],
     default: Callable[[int | None, int, int], P],
-) -> tuple[list[list[PIL.Image.Image]], list[P]]:
-    """The frames of images and videos, and a plan of ``kind`` for each, which they fit.
+) -> tuple[list[Tensor], list[P]]:
+    """What ``to_clip`` makes of images and videos, and a plan of ``kind`` for each, which they fit.
 
     Without ``plans``, ``default`` makes them of the number of frames, ``None`` for an image, the
     height and the width.
     """
     images = _listed("images", images)
-    clips = [to_frames(f"images[{i}]", image) for i, image in enumerate(images)]
+    clips = [to_clip(f"images[{i}]", image) for i, image in enumerate(images)]
     if plans is None:
         plans = [
-            default(len(clip) if is_video(image) else None, clip[0].height, clip[0].width)
+            default(len(clip) if is_video(image) else None, *clip.shape[1:3])
             for image, clip in zip(images, clips, strict=True)
         ]
     plans = _listed("plans", plans)
@@ -112,7 +151,7 @@ def clips_of(
         if not isinstance(p, kind):
             raise TypeError(f"plans[{i}] must be a {kind.__name__}, got {type(p).__name__}")
         want = (p.num_frames, p.height, p.width)
-        got = (len(clip), clip[0].height, clip[0].width)
+        got = tuple(clip.shape[:3])
         if want != got:
             raise ValueError(
                 f"images[{i}] must have the frames, height and width of plans[{i}], {want},"
@@ -121,14 +160,15 @@ def clips_of(
     return clips, plans
 
 
-def resized(
-    clip: Sequence[PIL.Image.Image], height: int, width: int, mode: str = "bicubic"
-) -> Tensor:
-    """The frames of ``clip`` resized by Pillow, uint8 ``[F, 3, height, width]``, of any strides."""
+def resized(clip: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """The frames of ``clip`` resized as Pillow does, ``[F, 3, height, width]``, of any strides."""
+    if NATIVE:
+        return resize_images([clip.permute(0, 3, 1, 2)], [(height, width)], mode=mode)[0]
     import PIL.Image
 
     resample = PIL.Image.Resampling[mode.upper()]
-    frames = [np.asarray(frame.resize((width, height), resample)) for frame in clip]
+    images = map(PIL.Image.fromarray, clip.numpy())
+    frames = [np.asarray(image.resize((width, height), resample)) for image in images]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
@@ -165,6 +205,18 @@ def patches(
         **options,
     )
     return pixels.to(dtype)
+
+
+def resized_patches(
+    clips: Sequence[Tensor], grid: PackedGrid, *, patch_size: int, mode: str = "bicubic", **options
+) -> Tensor:
+    """The patches of ``clips`` that are resized to the whole patches of their grid."""
+    if NATIVE:
+        views = [clip.permute(0, 3, 1, 2) for clip in clips]
+        return patches(views, grid, patch_size=patch_size, resample=mode, **options)
+    sizes = (grid.grid_thw[:, 1:] * patch_size).tolist()
+    images = [resized(clip, h, w, mode) for clip, (h, w) in zip(clips, sizes, strict=True)]
+    return patches(images, grid, patch_size=patch_size, **options)
 
 
 def three_numbers(name: str, values: Sequence[float]) -> np.ndarray:

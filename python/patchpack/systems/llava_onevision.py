@@ -34,8 +34,6 @@ from patchpack.packing import PackedGrid, is_integer
 from patchpack.systems import _images, _plan
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from patchpack.systems._images import Image
 
 SIGLIP_MEAN = (0.5, 0.5, 0.5)
@@ -502,7 +500,7 @@ def preprocess(
     for clip, p in zip(clips, plans, strict=True):
         size = p.image_size
         if p.tiles is None and p.pooling is None:
-            clip = [_on_square(image, p, mean) for image in clip]
+            clip = _on_square(clip, p, mean)
         crops += _images.resized(clip, size, size)
         if p.tiles is not None:
             top, left, height, width = p.letterbox
@@ -516,12 +514,12 @@ def preprocess(
     return pixels, grid
 
 
-def _on_square(image: PIL.Image.Image, p: Plan, mean: Sequence[float]) -> PIL.Image.Image:
-    import PIL.ImageOps
-
-    (top, left, _, _), (height, width) = p.letterbox, p.canvas
-    border = (left, top, width - p.width - left, height - p.height - top)
-    return PIL.ImageOps.expand(image, border, tuple(int(x * 255) for x in mean))
+def _on_square(clip: Tensor, p: Plan, mean: Sequence[float]) -> Tensor:
+    top, left, _, _ = p.letterbox
+    colour = torch.tensor([int(x * 255) for x in mean]).clamp(0, 255).to(torch.uint8)
+    square = colour.expand(len(clip), *p.canvas, 3).contiguous()
+    square[:, top : top + p.height, left : left + p.width] = clip
+    return square
 
 
 # From crops to language-model tokens -------------------------------------------------------------

@@ -36,8 +36,6 @@ from patchpack.packing import PackedGrid
 from patchpack.systems import _images, _plan
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from patchpack.systems._images import Image
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -305,16 +303,12 @@ def preprocess(
     views = []
     for clip, p in zip(clips, plans, strict=True):
         if p.low is not None:
-            clip = _resized(_resized(clip, p.enlarged), p.high)  # a step at a time, in bytes
+            for size in (p.enlarged, p.high):  # a step at a time, in bytes
+                clip = _images.resized(clip, *size).permute(0, 2, 3, 1)
             views.append(_images.resized(clip, *p.low))
         views.append(_images.resized(clip, *p.high))
     pixels = _images.patches(views, grid, patch_size=PATCH_SIZE, mean=mean, std=std, dtype=dtype)
     return pixels, grid
-
-
-def _resized(clip: list[PIL.Image.Image], size: tuple[int, int]) -> list[PIL.Image.Image]:
-    height, width = size
-    return [frame.resize((width, height)) for frame in clip]  # bicubic
 
 
 def add_position(x: Tensor, table: Tensor, grid: PackedGrid, *, impl: str | None = None) -> Tensor:

@@ -500,8 +500,8 @@ def preprocess(
     ((patch_size, temporal_patch_size, merge_size),) = sizes
 
     grid = PackedGrid([p.grid_thw for p in plans], merge_size)
-    pixels = _images.patches(
-        [_images.resized(clip, *p.resized) for clip, p in zip(clips, plans, strict=True)],
+    pixels = _images.resized_patches(
+        clips,
         grid,
         patch_size=patch_size,
         temporal_patch_size=temporal_patch_size,

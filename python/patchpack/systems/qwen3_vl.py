@@ -394,7 +394,8 @@ def preprocess(
         TypeError: Likewise.
     """
     if plans is None:
-        images, plans = _images.clips_of(images, None, Plan, _default_plan)
+        clips, plans = _images.clips_of(images, None, Plan, _default_plan)
+        images = [clip.movedim(-1, -3) for clip in clips]
     pixels, grid = qwen2_vl.preprocess(images, plans, mean=mean, std=std, dtype=dtype)
     if grid.num_grids == 0:  # no plan says how large a patch is
         pixels = pixels.new_empty(0, 3 * 2 * 16**2)

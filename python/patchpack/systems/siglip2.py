@@ -186,11 +186,15 @@ def preprocess(
     clips, plans = _images.clips_of(images, plans, Plan, _default_plan)
     patch_size = _plan.shared(plans, "patch_size", 16)
     grid = PackedGrid([g for p in plans for g in p.grids])
-    resized = [
-        _images.resized(clip, *p.resized, "bilinear") for clip, p in zip(clips, plans, strict=True)
-    ]
-    pixels = _images.patches(
-        resized, grid, patch_size=patch_size, mean=mean, std=std, layout="ppc", dtype=dtype
+    pixels = _images.resized_patches(
+        clips,
+        grid,
+        patch_size=patch_size,
+        mode="bilinear",
+        mean=mean,
+        std=std,
+        layout="ppc",
+        dtype=dtype,
     )
     return pixels, grid
 

@@ -506,7 +506,7 @@ def _two_views(t: int, h: int, w: int) -> list[FeatureMap | Vector]:
 
 def _tall(t: int, h: int, w: int) -> list[FeatureMap]:
     """Tiles in two columns, cropped on all sides and made larger."""
-    crop = (h - 1, 1, (t - 1) * h, 2 * w - 2)
+    crop = (h - 1, 1, max((t - 1) * h, 1), 2 * w - 2)
     return [FeatureMap(0, (h, w), (t, 2), crop, (2 * t * h, 2 * w + 1), newline=1)]
 
 

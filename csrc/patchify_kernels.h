@@ -1,0 +1,118 @@
+// Normalising and cutting a strip of patches, once for each level. No include guard: see level.h.
+
+namespace patchpack::LEVEL {
+
+inline Floats load(const uint8_t* x, All = {}) {
+#if defined(LEVEL_HAS_AVX512)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x)));
+#elif defined(LEVEL_HAS_AVX2)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x)));
+#else
+  Floats v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x[i];
+  return v;
+#endif
+}
+
+inline Floats load(const uint8_t* x, int n) {
+#if defined(LEVEL_HAS_AVX512)
+  return (Floats)_mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), x)));
+#else
+  uint8_t lanes[kLanes] = {};
+  std::memcpy(lanes, x, n);
+  return load(lanes);
+#endif
+}
+
+// `a / b` rounded to nearest; `inverse` is that of `b`.
+inline Floats divide(Floats a, Floats b, Floats inverse) {
+#if defined(LEVEL_HAS_AVX2)
+  const Floats quotient = a * inverse;
+  return fma(fma(-quotient, b, a), inverse, quotient);
+#else
+  return a / b;
+#endif
+}
+
+struct Moments {
+  Floats mean, std, inverse_std;
+};
+
+inline Floats normalise(uint8_t, Floats x, const Moments& m) {
+  return divide(divide(x, splat(255.0f), splat(1.0f / 255.0f)) - m.mean, m.std, m.inverse_std);
+}
+
+// Floating pixels may be infinite.
+template <typename pixel_t>
+inline Floats normalise(pixel_t, Floats x, const Moments& m) {
+  return (x - m.mean) / m.std;
+}
+
+// The rows of pixels of a strip, of each of its frames: the last one stands for those that lack.
+// `x + channel * stride_c + y * stride_y` are those of one channel, or of all if interleaved.
+template <typename pixel_t>
+struct Rows {
+  const pixel_t* const* frames;
+  int64_t num_frames, stride_c, stride_y;
+};
+
+inline void store_past_caches(float* out, Floats v) {
+#if defined(LEVEL_HAS_AVX512)
+  _mm512_stream_ps(out, (__m512)v);
+#elif defined(LEVEL_HAS_AVX2)
+  _mm256_stream_ps(out, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(out, (__m128)v);
+#else
+  store(out, v);
+#endif
+}
+
+// Copy what is not read again soon: memory is written without being read first.
+inline void copy_past_caches(void* out, const void* x, int64_t bytes) {
+  constexpr int64_t step = sizeof(Floats);
+  char* to = (char*)out;
+  const char* from = (const char*)x;
+  const int64_t head = std::min<int64_t>(bytes, -(uintptr_t)out % step);
+  const int64_t middle = (bytes - head) / step * step;
+  std::memcpy(to, from, head);
+  for (int64_t i = head; i < head + middle; i += step)
+    store_past_caches((float*)(to + i), load((const float*)(from + i)));
+  std::memcpy(to + head + middle, from + head + middle, bytes - head - middle);
+}
+
+// Write the `num_cols * merge` patches of a strip, one after the other.
+template <typename pixel_t, typename scalar_t>
+inline void cut_strip(const Rows<pixel_t>& rows, const Patch& patch, int64_t num_cols,
+                      scalar_t* out) {
+  const int64_t size = patch.size, merge = patch.merge, run = patch.run();
+  std::vector<scalar_t> buffer(patch.past_caches ? patch.num_columns() : 0);
+  for (int64_t token = 0; token < num_cols * merge; ++token, out += patch.num_columns()) {
+    scalar_t* columns = patch.past_caches ? buffer.data() : out;
+    const Cell cell = token_to_cell(token, num_cols, merge);
+    const int64_t corner = cell.row * size * rows.stride_y + cell.col * run;
+    for (int64_t channel = 0; channel < patch.num_runs(); ++channel)
+      for (int64_t frame = 0; frame < rows.num_frames; ++frame) {
+        const pixel_t* x = rows.frames[frame] + corner + channel * rows.stride_c;
+        scalar_t* first = columns + (channel * patch.temporal + frame) * size * run;
+        const int64_t copies = frame + 1 < rows.num_frames ? 1 : patch.temporal - frame;
+        for_lanes_again(run, [&](int64_t i, auto n) {
+          const int64_t column = channel * run + i;
+          const Moments moments{load(&patch.mean[column], n), load(&patch.std[column], n),
+                                load(&patch.inverse_std[column], n)};
+          for (int64_t y = 0; y < size; ++y) {
+            const Floats value = normalise(pixel_t{}, load(x + y * rows.stride_y + i, n), moments);
+            for (int64_t copy = 0; copy < copies; ++copy)
+              store(first + (copy * size + y) * run + i, value, n);
+          }
+        });
+      }
+    if (patch.past_caches) copy_past_caches(out, columns, patch.num_columns() * sizeof(scalar_t));
+  }
+#if defined(__SSE2__)
+  _mm_sfence();  // other threads see these stores
+#endif
+}
+
+}  // namespace patchpack::LEVEL

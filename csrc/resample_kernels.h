@@ -1,0 +1,158 @@
+// Weighted sums of tokens, once for each level. No include guard: see level.h.
+
+namespace patchpack::LEVEL {
+
+// `body(grid, row, begin, end)` for each row, or part of one, of the tokens `[begin, end)`. Rows are
+// as wide as `width(grid)` says and counted through a grid's frames.
+template <typename Width, typename Body>
+inline void for_row_parts(const Geometry& geometry, int64_t begin, int64_t end, const Width& width,
+                          const Body& body) {
+  int64_t grid = geometry.find(begin);
+  while (begin < end) {
+    while (begin >= geometry.first(grid + 1)) ++grid;
+    const int64_t in_grid = begin - geometry.first(grid), cols = width(grid);
+    const int64_t row = in_grid / cols, col = in_grid % cols;
+    const int64_t stop = std::min(cols, col + end - begin);
+    body(grid, row, col, stop);
+    begin += stop - col;
+  }
+}
+
+// What one token is the sum of.
+template <typename scalar_t>
+struct Terms {
+  std::vector<const scalar_t*> sources;
+  std::vector<float> weights;
+
+  int64_t count() const { return (int64_t)sources.size(); }
+  void clear() {
+    sources.clear();
+    weights.clear();
+  }
+  void add(const scalar_t* source, float weight) {
+    sources.push_back(source);
+    weights.push_back(weight);
+  }
+};
+
+// The sum of `size` channels of `count` terms. Those of `next` are brought nearer meanwhile: the
+// CPU's own prefetcher does not see them coming.
+template <typename scalar_t, typename out_t, typename Count>
+inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<scalar_t>& next,
+                      int64_t size, out_t* out) {
+  constexpr int kWide = 4;  // vectors at a time
+  constexpr int64_t kWideBytes = kWide * kLanes * sizeof(scalar_t);
+  const scalar_t* const* sources = terms.sources.data();
+  const float* weights = terms.weights.data();
+  int64_t c = 0;
+  for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
+    for (const scalar_t* source : next.sources)
+      for (int64_t byte = 0; byte < kWideBytes; byte += 64)
+        __builtin_prefetch((const char*)(source + c) + byte, 0, 2);
+    Floats acc[kWide];
+    for (int v = 0; v < kWide; ++v) acc[v] = weights[0] * load(sources[0] + c + v * kLanes);
+    for (int64_t k = 1; k < count; ++k)
+      for (int v = 0; v < kWide; ++v)
+        acc[v] = fma(splat(weights[k]), load(sources[k] + c + v * kLanes), acc[v]);
+    for (int v = 0; v < kWide; ++v) store(out + c + v * kLanes, acc[v]);
+  }
+  for_lanes(size - c, [&](int64_t i, auto n) {
+    Floats acc = weights[0] * load(sources[0] + c + i, n);
+    for (int64_t k = 1; k < count; ++k)
+      acc = fma(splat(weights[k]), load(sources[k] + c + i, n), acc);
+    store(out + c + i, acc, n);
+  });
+}
+
+template <typename scalar_t, typename out_t>
+inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
+                      out_t* out) {
+  if (terms.count() == 0)
+    for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
+  else if (terms.count() == 4)  // bilinear
+    sum_terms(terms, std::integral_constant<int, 4>{}, next, size, out);
+  else
+    sum_terms(terms, terms.count(), next, size, out);
+}
+
+// Makes parts of rows of resized maps, `num_channels` of each token.
+template <typename scalar_t>
+class RowResizer {
+ public:
+  // Columns that nothing is summed for get zeros, or are left out.
+  RowResizer(int64_t num_channels, bool skip_empty)
+      : num_channels_(num_channels), skip_empty_(skip_empty) {}
+
+  // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, a column goes to
+  // `out_at(col)`, and then `done(col)` is called.
+  template <typename SourceAt, typename OutAt, typename Done>
+  void operator()(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
+                  int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
+    if (rows.longest * cols.longest <= kFew)
+      at_once(rows, row, cols, begin, end, source_at, out_at, done);
+    else
+      rows_first(rows, row, cols, begin, end, source_at, out_at, done);
+  }
+
+ private:
+  static constexpr int64_t kFew = 9;  // terms of a token, up to which they are summed at once
+
+  template <typename SourceAt, typename OutAt, typename Done>
+  void at_once(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
+               int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
+    const auto find_terms = [&](int64_t col) {
+      next_.clear();
+      if (col == end) return;
+      for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
+        for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
+          next_.add(source_at(y->index, x->index), y->weight * x->weight);
+    };
+    find_terms(begin);
+    for (int64_t col = begin; col < end; ++col) {
+      std::swap(terms_, next_);
+      find_terms(col + 1);
+      if (skip_empty_ && terms_.count() == 0) continue;
+      sum_terms(terms_, next_, num_channels_, out_at(col));
+      done(col);
+    }
+  }
+
+  // Sums rows of the map into one, then columns of that.
+  template <typename SourceAt, typename OutAt, typename Done>
+  void rows_first(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
+                  int64_t end, const SourceAt& source_at, const OutAt& out_at,
+                  const Done& done) {
+    const Entry *first = cols.begin(begin), *last = cols.begin(end) - 1;
+    const int64_t left = first > last ? 0 : first->index;
+    const int64_t width = first > last ? 0 : last->index + 1 - left;
+    if ((int64_t)summed_.size() < width * num_channels_) summed_.resize(width * num_channels_);
+    // columns that follow each other in memory are one long one
+    const bool adjacent = width > 0 && source_at(0, left + width - 1) - source_at(0, left) ==
+                                           (width - 1) * num_channels_;
+    const int64_t step = adjacent ? width : 1;
+    for (int64_t col = 0; col < width; col += step) {
+      terms_.clear();
+      for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
+        terms_.add(source_at(y->index, left + col), y->weight);
+      sum_terms(terms_, {}, step * num_channels_, summed_.data() + col * num_channels_);
+    }
+    for (int64_t col = begin; col < end; ++col) {
+      if (skip_empty_ && cols.count(col) == 0) continue;
+      summed_terms_.clear();
+      for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
+        summed_terms_.add(summed_.data() + (x->index - left) * num_channels_, x->weight);
+      sum_terms(summed_terms_, {}, num_channels_, out_at(col));
+      done(col);
+    }
+  }
+
+  int64_t num_channels_;
+  bool skip_empty_;
+  std::vector<float> summed_;
+  Terms<scalar_t> terms_, next_;
+  Terms<float> summed_terms_;
+};
+
+}  // namespace patchpack::LEVEL
