@@ -73,6 +73,9 @@ template <typename scalar_t>
 using OperandOf = Singles;
 #endif
 
+// Rows of a head lie on different pages, where hardware does not look ahead.
+inline constexpr int64_t kRowsAhead = 24;
+
 // Rows in memory as units along a row, `(r, c)` being unit `c` of row `r`.
 template <typename scalar_t>
 struct Along {
@@ -84,6 +87,7 @@ struct Along {
   int64_t unit_cols() const { return (cols + Operand::kPack - 1) / Operand::kPack; }
   Floats at(int64_t r, int64_t c) const {
     c *= Operand::kPack;
+    __builtin_prefetch(x + (r + kRowsAhead) * stride + c);
     return Operand::along(x + r * stride + c, cols - c);
   }
 };
@@ -99,6 +103,8 @@ struct Across {
   int64_t unit_cols() const { return cols; }
   Floats at(int64_t r, int64_t c) const {
     r *= Operand::kPack;
+    for (int i = 0; i < Operand::kPack; ++i)
+      __builtin_prefetch(x + (r + i + kRowsAhead) * stride + c);
     return Operand::across(x + r * stride + c, stride, rows - r, cols - c);
   }
 };

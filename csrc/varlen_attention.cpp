@@ -6,7 +6,7 @@
 namespace patchpack {
 namespace {
 
-constexpr int64_t kBlockQ = 64;  // queries
+constexpr int64_t kBlockQ = 128;  // queries
 constexpr double kLog2 = 0.693147180559945309;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
@@ -52,14 +52,15 @@ struct QueryBlock {
         begin(s.first_key(first)), end(s.end_key(first + size - 1)),
         full_begin(s.first_key(first + size - 1)), full_end(s.end_key(first)) {}
 
+  int64_t vectors(int64_t lanes) const { return (size + lanes - 1) / lanes; }
   int64_t cost() const { return 16 + end - begin; }
 };
 
 struct Attention {
   ScalarType dtype;
   Heads q, k, v;
-  void* out;   // [Tq, H, D]
-  float* lse;  // [H, Tq]
+  void* out;   // [Tq, H, D]; the backward pass reads it
+  float* lse;  // [H, Tq]; likewise
   int64_t num_q_tokens, num_heads, group, head_dim;
   float softmax_scale, score_scale;  // the latter with powers of 2
   std::vector<Segment> segments;
@@ -68,9 +69,13 @@ struct Attention {
 
 struct Gradients {
   Heads out;
-  const float* lse;  // or null
+  const float* lse;  // [H, Tq], or null
   int64_t lse_stride_h, lse_stride_t;
   void *q, *k, *v;
+
+  float of_lse(int64_t head, int64_t token) const {
+    return lse ? lse[head * lse_stride_h + token * lse_stride_t] : 0.0f;
+  }
 };
 
 // `body(segment, head, first_query)` for the blocks of queries whose costs begin in `[begin, end)`.
@@ -189,19 +194,20 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
-    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor /*out*/,
-    Tensor /*lse*/, Tensor cu_seqlens_q, Tensor cu_seqlens_k, double softmax_scale, int64_t left,
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
+    Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, double softmax_scale, int64_t left,
     int64_t right) {
   q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
   grad_out = last_contiguous(grad_out);
   const Tensor grad_q = empty_of(q), grad_k = empty_of(k), grad_v = empty_of(v);
-  const Attention a = attention_of(
+  Attention a = attention_of(
       q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left, right,
       [&](int64_t begin, int64_t end) { zero_tokens(grad_q, begin, end); },
       [&](int64_t begin, int64_t end) {
         zero_tokens(grad_k, begin, end);
         zero_tokens(grad_v, begin, end);
       });
+  a.out = (void*)out.const_data_ptr(), a.lse = (float*)lse.const_data_ptr<float>();
   const Gradients g{heads_of(grad_out),
                     grad_lse ? grad_lse->const_data_ptr<float>() : nullptr,
                     grad_lse ? grad_lse->stride(0) : 0,

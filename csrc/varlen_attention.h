@@ -76,16 +76,28 @@ struct Blocks {
                       epilogue);
   }
 
+  // `c[channel, query]`, to which every block of keys adds `channels[channel, key] . p[key, query]`
+  void multiply_channels(float* channels, const float* p, float* c, const QueryBlock& block,
+                         int64_t key, int64_t num_keys) const {
+    const Product product{channels_of(channels, key), p, c, kUnits, kBlockQ, kBlockQ, head_dim,
+                          block.vectors(kLanes), (num_keys + kPack - 1) / kPack};
+    if (key == first_key(block))
+      multiply<Operand>(product, Assign{});
+    else
+      multiply<Operand>(product, Add{});
+  }
+  static int64_t first_key(const QueryBlock& block) { return block.begin / kBlockK * kBlockK; }
+
   // Scores of keys that queries do not see become -inf.
   static void mask(const Segment& s, const QueryBlock& block, int64_t key, int64_t num_keys,
-                   int64_t vectors, float* scores) {
+                   float* scores) {
     if (key >= block.full_begin && key + num_keys <= block.full_end) return;
     Ints lanes;
     for (int i = 0; i < kLanes; ++i) lanes[i] = i;
     for (int64_t r = 0; r < num_keys; ++r) {
       const int first = (int)std::clamp<int64_t>(s.first_query(key + r) - block.first, 0, kBlockQ);
       const int end = (int)std::clamp<int64_t>(s.end_query(key + r) - block.first, 0, kBlockQ);
-      for (int64_t v = 0; v < vectors; ++v) {
+      for (int64_t v = 0; v < block.vectors(kLanes); ++v) {
         float* x = scores + r * kBlockQ + v * kLanes;
         const Ints query = lanes + (int)(v * kLanes);
         store(x, (query >= first) & (query < end) ? load(x) : splat(-INFINITY));
@@ -184,25 +196,19 @@ struct Forward : Blocks<scalar_t> {
       packed_segment = &s, packed_head = head_k;
     }
     const QueryBlock block(s, first_query);
-    const int64_t vectors = (block.size + kLanes - 1) / kLanes;
-    const int64_t token = s.begin_q + first_query;
+    const int64_t vectors = block.vectors(kLanes), token = s.begin_q + first_query;
     pack_transposed(Base::along(a.q, head, token, block.size), queries.data, kBlockQ);
     std::fill_n(top.data, kBlockQ, kLowest);
     std::fill_n(total.data, kBlockQ, 0.0f);
 
-    const int64_t begin = block.begin / kBlockK * kBlockK;
+    const int64_t begin = Base::first_key(block);
     for (int64_t key = begin; key < block.end; key += kBlockK) {
       const int64_t num_keys = std::min(kBlockK, block.end - key);
       Base::multiply_heads(keys.data + key * stride_units, queries.data, scores.data, num_keys,
                            vectors, Assign{});
-      Base::mask(s, block, key, num_keys, vectors, scores.data);
+      Base::mask(s, block, key, num_keys, scores.data);
       softmax(num_keys, vectors, key == begin);
-      const Product product{Base::channels_of(values.data, key), p.data, acc.data, kUnits, kBlockQ,
-                            kBlockQ, head_dim, vectors, (num_keys + kPack - 1) / kPack};
-      if (key == begin)
-        multiply<Operand>(product, Assign{});
-      else
-        multiply<Operand>(product, Add{});
+      Base::multiply_channels(values.data, p.data, acc.data, block, key, num_keys);
     }
 
     for (int64_t i = 0; i < block.size; ++i)
@@ -229,9 +235,14 @@ struct Backward : Blocks<scalar_t> {
   using typename Base::Operand;
   using Base::a, Base::head_dim, Base::kBlockK, Base::kLowest, Base::kPack, Base::kUnits, Base::stride_units;
 
+  // float32 sees that lse and delta, which is made of the output, were rounded, so both are made
+  // anew, for which the scores of all keys are kept
+  static constexpr bool kAnew = kPack == 1;
+
   const Gradients& g;
   const int64_t stride_d = round_up(head_dim, kLanes);
   const int64_t stride_p = kBlockQ / kPack;
+  const int64_t num_kept = kAnew ? a.longest_k : kBlockK;
   // of a head of keys
   Buffer keys{a.longest_k * stride_units}, key_channels{Base::size_of_channels()};
   Buffer values{a.longest_k * stride_units};
@@ -239,111 +250,129 @@ struct Backward : Blocks<scalar_t> {
   // of a block of queries
   Buffer queries{head_dim * kBlockQ}, grads{head_dim * kBlockQ};
   Buffer query_rows{kBlockQ * stride_d}, grad_rows{kBlockQ * stride_d};
-  Buffer p{a.longest_k * kBlockQ}, grad_p{a.longest_k * kBlockQ};
+  Buffer scores{num_kept * kBlockQ}, grad_p{num_kept * kBlockQ};
   Buffer grad_q{head_dim * kBlockQ};
-  Buffer top{kBlockQ}, grad_lse{kBlockQ}, norm{kBlockQ}, delta{kBlockQ};
+  Buffer top{kBlockQ}, norm{kBlockQ}, delta{kBlockQ};
   // of it and a block of keys: operands, which floats are as they are
   Buffer p_along{kPack == 1 ? 0 : kBlockK * stride_p}, grad_s_along{kPack == 1 ? 0 : kBlockK * stride_p};
   Buffer grad_s_across{kPack == 1 ? 0 : kUnits * kBlockQ};
 
-  // `p = 2**(scores - top)` in place, and the sums over keys of it and of `p * grad_p`.
-  void recompute(int64_t key, int64_t num_keys, int64_t vectors) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Floats of_query = load(top.data + v * kLanes);
-      Floats sum = load(norm.data + v * kLanes), dot = load(delta.data + v * kLanes);
-      for (int64_t begin = key, end; begin < key + num_keys; begin = end) {
-        end = std::min(begin + 16, key + num_keys);
-        Floats part_of_sum = {}, part_of_dot = {};  // short sums err less
-        for (int64_t at = begin * kBlockQ + v * kLanes; at < end * kBlockQ; at += kBlockQ) {
-          const Floats y = exp2(load(p.data + at) - of_query);
-          store(p.data + at, y);
-          part_of_sum += y;
-          part_of_dot = fma(y, load(grad_p.data + at), part_of_dot);
-        }
-        sum += part_of_sum;
-        dot += part_of_dot;
+  float* of_keys(const Buffer& kept, int64_t key) const { return kept.data + (kAnew ? key * kBlockQ : 0); }
+
+  void multiply_keys(const Segment& s, const QueryBlock& block, int64_t key, int64_t num_keys) {
+    Base::multiply_heads(keys.data + key * stride_units, queries.data, of_keys(scores, key), num_keys,
+                         block.vectors(kLanes), Scale{a.score_scale});
+    Base::mask(s, block, key, num_keys, of_keys(scores, key));
+  }
+  void multiply_values(const QueryBlock& block, int64_t key, int64_t num_keys) {
+    Base::multiply_heads(values.data + key * stride_units, grads.data, of_keys(grad_p, key), num_keys,
+                         block.vectors(kLanes), Assign{});
+  }
+
+  // `top` with `p = 2**(scores - top)`, and `delta`, the mean of `grad_p` less the gradient of lse.
+  void recall(int64_t head, int64_t token, int64_t num_queries) {
+    const int64_t stride = a.num_heads * head_dim;
+    const scalar_t* out = (const scalar_t*)a.out + token * stride + head * head_dim;
+    const scalar_t* grad = Base::rows_of(g.out, head, token);
+    for (int64_t i = 0; i < num_queries; i += kLanes) {
+      Floats dots[kLanes] = {};
+      for (int64_t l = i; l < std::min(i + kLanes, num_queries); ++l) {
+        __builtin_prefetch(out + (l + kRowsAhead) * stride);
+        for_lanes(head_dim, [&](int64_t d, auto n) {
+          dots[l - i] += load(grad + l * g.out.stride_t + d, n) * load(out + l * stride + d, n);
+        });
       }
-      store(norm.data + v * kLanes, sum);
-      store(delta.data + v * kLanes, dot);
+      transpose(dots);
+      for (int l = 1; l < kLanes; ++l) dots[0] += dots[l];
+      store(delta.data + i, dots[0]);
+    }
+    for (int64_t i = 0; i < num_queries; ++i) {
+      top.data[i] = (float)(a.lse[head * a.num_q_tokens + token + i] / kLog2);
+      delta.data[i] -= g.of_lse(head, token + i);
     }
   }
 
+  // Scores become `p` but for `norm`, and `delta` is theirs.
+  void make_anew(const Segment& s, const QueryBlock& block, int64_t head, int64_t token) {
+    const auto for_keys = [&](const auto& body) {
+      for (int64_t key = Base::first_key(block); key < block.end; key += kBlockK)
+        body(key, std::min(kBlockK, block.end - key));
+    };
+    std::fill_n(top.data, kBlockQ, kLowest);
+    for_keys([&](int64_t key, int64_t num_keys) {
+      multiply_keys(s, block, key, num_keys);
+      multiply_values(block, key, num_keys);
+      for (int64_t i = 0; i < block.size; i += kLanes)
+        store(top.data + i, Base::largest(load(top.data + i), of_keys(scores, key) + i, num_keys));
+    });
+    for (int64_t i = 0; i < block.size; i += kLanes) {
+      Floats total = {}, dot = {};
+      for_keys([&](int64_t key, int64_t num_keys) {
+        Floats part_of_total = {}, part_of_dot = {};  // short sums err less
+        for (int64_t r = 0; r < num_keys; ++r) {
+          float* x = of_keys(scores, key) + r * kBlockQ + i;
+          const Floats p = exp2(load(x) - load(top.data + i));
+          store(x, p);
+          part_of_total += p;
+          part_of_dot = fma(p, load(of_keys(grad_p, key) + r * kBlockQ + i), part_of_dot);
+        }
+        total += part_of_total;
+        dot += part_of_dot;
+      });
+      store(norm.data + i, 1.0f / total);
+      store(delta.data + i, dot / total);
+    }
+    for (int64_t i = 0; i < block.size; ++i) delta.data[i] -= g.of_lse(head, token + i);
+  }
   // Products of a block of keys and one of queries.
-  void accumulate(int64_t key, int64_t num_keys, const QueryBlock& block, bool first) {
-    const int64_t vectors = (block.size + kLanes - 1) / kLanes;
-    float *p_block = p.data + key * kBlockQ, *grad_block = grad_p.data + key * kBlockQ;
-    float* p_rows = kPack == 1 ? p_block : p_along.data;
-    float* s_rows = kPack == 1 ? grad_block : grad_s_along.data;
-    float* s_columns = kPack == 1 ? grad_block : grad_s_across.data;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Floats by = load(norm.data + v * kLanes), mean = load(delta.data + v * kLanes);
-      Base::for_packs(num_keys, [&](int64_t r, auto n) {
+  void accumulate(const QueryBlock& block, int64_t key, int64_t num_keys) {
+    const float *p_block = of_keys(scores, key), *grad_block = of_keys(grad_p, key);
+    float* p_rows = kPack == 1 ? of_keys(scores, key) : p_along.data;
+    float* s_rows = kPack == 1 ? of_keys(grad_p, key) : grad_s_along.data;
+    float* s_columns = kPack == 1 ? of_keys(grad_p, key) : grad_s_across.data;
+    const int64_t vectors = block.vectors(kLanes), stride = stride_p;
+    Base::for_packs(num_keys, [&](int64_t r, auto n) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Floats of_p = load((kAnew ? norm : top).data + v * kLanes);
+        const Floats mean = load(delta.data + v * kLanes);
         Floats grad_s[kPack] = {};
         for (int i = 0; i < n; ++i) {
           const int64_t at = (r + i) * kBlockQ + v * kLanes;
-          const Floats y = load(p_block + at) * by;
-          grad_s[i] = y * (load(grad_block + at) - mean);
-          Operand::store_along(p_rows + (r + i) * stride_p, v, y);
-          Operand::store_along(s_rows + (r + i) * stride_p, v, grad_s[i]);
+          const Floats p = kAnew ? load(p_block + at) * of_p : exp2(load(p_block + at) - of_p);
+          grad_s[i] = p * (load(grad_block + at) - mean);
+          Operand::store_along(p_rows + (r + i) * stride, v, p);
+          Operand::store_along(s_rows + (r + i) * stride, v, grad_s[i]);
         }
         Operand::store_across(s_columns + r / kPack * kBlockQ, v, grad_s);
-      });
-    }
+      }
+    });
 
     const int64_t of_queries = (block.size + kPack - 1) / kPack;
-    const int64_t of_keys = (num_keys + kPack - 1) / kPack;
     multiply<Operand>({p_rows, grad_rows.data, grad_v.data + key * stride_d, stride_p, stride_d,
                        stride_d, num_keys, stride_d / kLanes, of_queries},
                       Add{});
     multiply<Operand>({s_rows, query_rows.data, grad_k.data + key * stride_d, stride_p, stride_d,
                        stride_d, num_keys, stride_d / kLanes, of_queries},
                       Add{});
-    const Product product{Base::channels_of(key_channels.data, key), s_columns, grad_q.data, kUnits,
-                          kBlockQ, kBlockQ, head_dim, vectors, of_keys};
-    if (first)
-      multiply<Operand>(product, Assign{});
-    else
-      multiply<Operand>(product, Add{});
+    Base::multiply_channels(key_channels.data, s_columns, grad_q.data, block, key, num_keys);
   }
 
-  void differentiate(const Segment& s, int64_t head, int64_t first_query) {
+  void differentiate_queries(const Segment& s, int64_t head, int64_t first_query) {
     const QueryBlock block(s, first_query);
-    const int64_t vectors = (block.size + kLanes - 1) / kLanes;
     const int64_t token = s.begin_q + first_query;
     pack_transposed(Base::along(a.q, head, token, block.size), queries.data, kBlockQ);
     pack_transposed(Base::along(g.out, head, token, block.size), grads.data, kBlockQ);
     pack(Base::across(a.q, head, token, block.size), query_rows.data, stride_d);
     pack(Base::across(g.out, head, token, block.size), grad_rows.data, stride_d);
-    for (float* x : {grad_lse.data, norm.data, delta.data}) std::fill_n(x, kBlockQ, 0.0f);
-    std::fill_n(top.data, kBlockQ, kLowest);
-    for (int64_t i = 0; g.lse && i < block.size; ++i)
-      grad_lse.data[i] = g.lse[head * g.lse_stride_h + (token + i) * g.lse_stride_t];
-
-    const int64_t begin = block.begin / kBlockK * kBlockK;
-    for (int64_t key = begin; key < block.end; key += kBlockK) {
+    if (kAnew)
+      make_anew(s, block, head, token);
+    else
+      recall(head, token, block.size);
+    for (int64_t key = Base::first_key(block); key < block.end; key += kBlockK) {
       const int64_t num_keys = std::min(kBlockK, block.end - key);
-      float* scores = p.data + key * kBlockQ;
-      Base::multiply_heads(keys.data + key * stride_units, queries.data, scores, num_keys, vectors,
-                           Scale{a.score_scale});
-      Base::mask(s, block, key, num_keys, vectors, scores);
-      for (int64_t v = 0; v < vectors; ++v) {
-        float* x = top.data + v * kLanes;
-        store(x, Base::largest(load(x), scores + v * kLanes, num_keys));
-      }
+      if (!kAnew) multiply_keys(s, block, key, num_keys), multiply_values(block, key, num_keys);
+      accumulate(block, key, num_keys);
     }
-    for (int64_t key = begin; key < block.end; key += kBlockK) {
-      const int64_t num_keys = std::min(kBlockK, block.end - key);
-      Base::multiply_heads(values.data + key * stride_units, grads.data,
-                           grad_p.data + key * kBlockQ, num_keys, vectors, Assign{});
-      recompute(key, num_keys, vectors);
-    }
-    for (int64_t i = 0; i < kBlockQ; ++i) {
-      norm.data[i] = norm.data[i] == 0.0f ? 0.0f : 1.0f / norm.data[i];
-      delta.data[i] = delta.data[i] * norm.data[i] - grad_lse.data[i];
-    }
-    for (int64_t key = begin; key < block.end; key += kBlockK)
-      accumulate(key, std::min(kBlockK, block.end - key), block, key == begin);
-
     const int64_t stride = a.num_heads * head_dim;
     Base::store_rows(grad_q.data, block.size, (scalar_t*)g.q + token * stride + head * head_dim, stride,
                      [&](int64_t) { return splat(a.softmax_scale); });
@@ -357,7 +386,7 @@ struct Backward : Blocks<scalar_t> {
     for (float* x : {grad_k.data, grad_v.data}) std::fill_n(x, s.len_k * stride_d, 0.0f);
     for (int64_t head = head_k * a.group; head < (head_k + 1) * a.group; ++head)
       for (int64_t first_query = 0; first_query < s.len_q; first_query += kBlockQ)
-        differentiate(s, head, first_query);
+        differentiate_queries(s, head, first_query);
     const int64_t num_k_heads = a.num_heads / a.group;
     for (int64_t key = 0; key < s.len_k; ++key) {
       const int64_t at = ((s.begin_k + key) * num_k_heads + head_k) * head_dim;
