@@ -198,9 +198,10 @@ def extensions() -> list[Extension]:
             libraries=["torch_cpu"],
             define_macros=[("Py_LIMITED_API", PYTHON), ("TORCH_TARGET_VERSION", TORCH)],
             extra_compile_args=[
-                *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
+                *["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"],
                 # what GCC says of vectors in signatures and in its own intrinsics
-                *("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
+                *["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+                "-Wno-unknown-warning-option",
                 *os.environ.get("CXXFLAGS", "").split(),  # has the last word
             ],
             depends=sorted(map(str, Path("csrc").glob("*.h"))),
