@@ -124,9 +124,12 @@ class RowResizer {
   void rows_first(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
                   int64_t end, const SourceAt& source_at, const OutAt& out_at,
                   const Done& done) {
-    const Entry *first = cols.begin(begin), *last = cols.begin(end) - 1;
-    const int64_t left = first > last ? 0 : first->index;
-    const int64_t width = first > last ? 0 : last->index + 1 - left;
+    int64_t left = INT32_MAX, right = 0;  // columns that are read
+    for (const Entry* x = cols.begin(begin); x != cols.begin(end); ++x) {
+      left = std::min<int64_t>(left, x->index);
+      right = std::max<int64_t>(right, x->index + 1);
+    }
+    const int64_t width = std::max<int64_t>(right - left, 0);
     if ((int64_t)summed_.size() < width * num_channels_) summed_.resize(width * num_channels_);
     // columns that follow each other in memory are one long one
     const bool adjacent = width > 0 && source_at(0, left + width - 1) - source_at(0, left) ==
