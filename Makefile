@@ -29,7 +29,7 @@ bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench: export MALLOC_TOP_PAD_ = 268435456
 bench: $(native)
-	$(bin)/python bench/run.py $(OP)
+	$(bin)/python bench/run.py --check $(OP)
 
 mutate: $(native)
 	$(bin)/python tests/mutate.py

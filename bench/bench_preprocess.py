@@ -48,13 +48,11 @@ def _reference(inputs: Inputs) -> Provider:
 
 
 def _ours(inputs: Inputs) -> Provider:
-    for op in ("resize_images", "patchify"):
-        if reason := patchpack.available(op, "native"):
-            raise UnavailableError(reason)
+    if reason := patchpack.available("patchify", "native"):
+        raise UnavailableError(reason)
 
     def preprocess(image: Tensor, size: tuple[int, int], grid: PackedGrid) -> Tensor:
-        images = patchpack.resize_images([image], [size], impl="native")
-        return patchpack.patchify(images, grid, **PATCHES, impl="native")
+        return patchpack.patchify([image], grid, **PATCHES, resample="bicubic", impl="native")
 
     return preprocess
 
