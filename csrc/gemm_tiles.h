@@ -1,35 +1,36 @@
-// Small matrix products, once for each level: C `[m, n]` from A `[m, k]` and B `[k, n]`, float32.
-// No include guard: see level.h.
+// Products of small matrices, once for each level. No include guard: see level.h.
 //
-// A and B hold units of 32 bits along k: a float, or two bfloat16 where the CPU multiplies pairs of
-// them (`Pairs`). All three are row-major; n is a number of whole vectors.
+// C `[m, n]` is float32; A `[m, k]` and B `[k, n]` hold units of 32 bits along k: a float, or two
+// bfloat16 where the CPU multiplies pairs of them. All are row-major, of a buffer whose rows hold
+// whole vectors, so that only `pack` meets the tails of tensors.
 
 namespace patchpack::LEVEL {
 namespace {
 
-// How an operand is made from values, and what one unit of A does to a vector of units of B.
+// Units of one value.
 struct Singles {
-  static constexpr int kPack = 1;  // values of a unit
+  static constexpr int kPack = 1;
 
   static Floats broadcast(const float* unit) { return splat(*unit); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 
-  // `n` units of one row, from its value `i` on; there are `left` values.
+  // A vector of units of a row that has `left` more values.
   template <typename scalar_t>
   static Floats along(const scalar_t* x, int64_t left) {
     return left >= kLanes ? load(x) : load(x, (int)left);
   }
-  // Units of `kPack` rows, of which `rows` exist; there are `left` columns.
+  // A vector of units of `kPack` rows, of which there are `rows` more, with `left` more values.
   template <typename scalar_t>
   static Floats across(const scalar_t* x, int64_t /*stride*/, int64_t /*rows*/, int64_t left) {
     return along(x, left);
   }
-  // Vector `i` of a row of units, from as many values.
+  // Vector `i` of a row becomes operand A; of `kPack` rows, operand B.
   static void store_along(float* row, int64_t i, Floats x) { store(row + i * kLanes, x); }
   static void store_across(float* row, int64_t i, const Floats* x) { store_along(row, i, x[0]); }
 };
 
 #if defined(LEVEL_HAS_BF16)
+// Units of two values.
 struct Pairs {
   static constexpr int kPack = 2;
 
@@ -58,9 +59,9 @@ struct Pairs {
     std::memcpy(row + i * (kLanes / 2), &bits, sizeof bits);
   }
   static void store_across(float* row, int64_t i, const Floats* x) {
-    const __m512i order = _mm512_set_epi16(  //
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+                                           16, 0);
     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
     store(row + i * kLanes, (Floats)_mm512_permutexvar_epi16(order, (__m512i)both));
   }
@@ -113,7 +114,8 @@ struct Across {
 template <typename Units>
 inline void pack(const Units& units, float* out, int64_t stride) {
   for (int64_t r = 0; r < units.unit_rows(); ++r)
-    for (int64_t c = 0; c < units.unit_cols(); c += kLanes) store(out + r * stride + c, units.at(r, c));
+    for (int64_t c = 0; c < units.unit_cols(); c += kLanes)
+      store(out + r * stride + c, units.at(r, c));
 }
 
 // Rows and columns of `kLanes` vectors swapped.
@@ -142,10 +144,12 @@ inline void pack_transposed(const Units& units, float* out, int64_t stride) {
     }
 }
 
-// What C becomes of a product, which is summed up first: short sums err less.
-struct Assign {};                // A B
-struct Add {};                   // C + A B
-struct Scale { float factor; };  // factor A B
+// What a tile of C becomes. It is added last: short sums err less.
+struct Assign {};  // A B
+struct Add {};     // C + A B
+struct Scale {     // factor A B
+  float factor;
+};
 
 inline Floats result(Assign, const float*, Floats product) { return product; }
 inline Floats result(Add, const float* c, Floats product) { return load(c) + product; }

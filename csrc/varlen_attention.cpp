@@ -56,6 +56,10 @@ struct QueryBlock {
   int64_t cost() const { return 16 + end - begin; }
 };
 
+struct Range {
+  int64_t begin, end;
+};
+
 struct Attention {
   ScalarType dtype;
   Heads q, k, v;
@@ -63,7 +67,8 @@ struct Attention {
   float* lse;  // [H, Tq]; likewise
   int64_t num_q_tokens, num_heads, group, head_dim;
   float softmax_scale, score_scale;  // the latter with powers of 2
-  std::vector<Segment> segments;
+  std::vector<Segment> segments;     // but for those in which no query sees a key
+  std::vector<Range> blind, unseen;  // queries and keys that these leave out
   int64_t longest_k, cost;
 };
 
@@ -128,47 +133,53 @@ std::vector<int64_t> bounds_of(const Tensor& cu_seqlens, int64_t num_tokens) {
 
 Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
-// The problem, but for `out` and `lse`. `skip(begin, end)` is told of queries that see no key, and
-// `skip_keys(begin, end)` of keys that no query may see.
-template <typename Skip, typename SkipKeys>
-Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
-                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                       double softmax_scale, int64_t left, int64_t right, const Skip& skip,
-                       const SkipKeys& skip_keys) {
-  Attention a{q.scalar_type(), heads_of(q), heads_of(k), heads_of(v), nullptr, nullptr,
-              q.size(0), q.size(1), q.size(1) / k.size(1), q.size(2), (float)softmax_scale, (float)(softmax_scale / kLog2),
-              {}, 0, 0};
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                       const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                       double softmax_scale, int64_t left, int64_t right) {
+  Attention a{};
+  a.dtype = q.scalar_type();
+  a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v);
+  a.out = out.mutable_data_ptr(), a.lse = lse.mutable_data_ptr<float>();
+  a.num_q_tokens = q.size(0), a.num_heads = q.size(1), a.head_dim = q.size(2);
+  a.group = q.size(1) / k.size(1);
+  a.softmax_scale = (float)softmax_scale, a.score_scale = (float)(softmax_scale / kLog2);
+
   const int64_t unlimited = int64_t{1} << 40;
   left = left < 0 ? unlimited : std::min(left, unlimited);
   right = right < 0 ? unlimited : std::min(right, unlimited);
   const std::vector<int64_t> bounds_q = bounds_of(cu_seqlens_q, q.size(0));
   const std::vector<int64_t> bounds_k = bounds_of(cu_seqlens_k, k.size(0));
   for (size_t i = 0; i + 1 < bounds_q.size(); ++i) {
-    const int64_t begin_q = bounds_q[i], len_q = bounds_q[i + 1] - begin_q;
-    const int64_t begin_k = bounds_k[i], len_k = bounds_k[i + 1] - begin_k;
+    const int64_t begin_q = bounds_q[i], end_q = bounds_q[i + 1], len_q = end_q - begin_q;
+    const int64_t begin_k = bounds_k[i], end_k = bounds_k[i + 1], len_k = end_k - begin_k;
     const int64_t shift = len_k - len_q;
     const int64_t first = len_k ? std::clamp<int64_t>(-shift - right, 0, len_q) : len_q;
     const int64_t end = std::clamp(len_k - shift + left, first, len_q);
-    skip(begin_q, begin_q + first);
-    skip(begin_q + end, begin_q + len_q);
+    a.blind.push_back({begin_q, begin_q + first});
+    a.blind.push_back({begin_q + end, end_q});
     Segment s{begin_q + first, end - first, begin_k, len_k, shift + first, left, right, 0};
-    for (int64_t query = 0; query < s.len_q; query += kBlockQ) s.cost += QueryBlock(s, query).cost();
+    for (int64_t query = 0; query < s.len_q; query += kBlockQ)
+      s.cost += QueryBlock(s, query).cost();
+    if (s.cost * a.num_heads == 0) {
+      a.unseen.push_back({begin_k, end_k});
+      continue;
+    }
+    a.segments.push_back(s);
     a.longest_k = std::max(a.longest_k, len_k);
     a.cost += s.cost * a.num_heads;
-    if (s.cost * a.num_heads == 0)
-      skip_keys(begin_k, begin_k + len_k);
-    else
-      a.segments.push_back(s);
   }
-  skip(bounds_q.back(), q.size(0));
-  skip_keys(bounds_k.back(), k.size(0));
+  a.blind.push_back({bounds_q.back(), q.size(0)});
+  a.unseen.push_back({bounds_k.back(), k.size(0)});
   return a;
 }
 
-// Zeros tokens `[begin, end)` of a contiguous tensor.
-void zero_tokens(const Tensor& x, int64_t begin, int64_t end) {
+// Zeros rows of a contiguous tensor `[T, H, D]`.
+void zero(const Tensor& x, const std::vector<Range>& rows) {
   const int64_t size = x.size(1) * x.size(2) * (x.scalar_type() == ScalarType::Float ? 4 : 2);
-  if (begin < end) std::memset((char*)x.mutable_data_ptr() + begin * size, 0, (end - begin) * size);
+  for (const Range& range : rows)
+    if (range.begin < range.end)
+      std::memset((char*)x.mutable_data_ptr() + range.begin * size, 0,
+                  (range.end - range.begin) * size);
 }
 
 }  // namespace
@@ -178,16 +189,13 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             int64_t right) {
   q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
   const Tensor out = empty_of(q), lse = empty({q.size(1), q.size(0)}, ScalarType::Float);
-  float* lse_data = lse.mutable_data_ptr<float>();
-  Attention a = attention_of(
-      q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left, right,
-      [&](int64_t begin, int64_t end) {
-        zero_tokens(out, begin, end);
-        for (int64_t head = 0; head < q.size(1); ++head)
-          std::fill(lse_data + head * q.size(0) + begin, lse_data + head * q.size(0) + end, -INFINITY);
-      },
-      [](int64_t, int64_t) {});
-  a.out = out.mutable_data_ptr(), a.lse = lse_data;
+  const Attention a = attention_of(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale,
+                                   left, right);
+  zero(out, a.blind);
+  for (int64_t head = 0; head < a.num_heads; ++head)
+    for (const Range& range : a.blind)
+      std::fill(a.lse + head * a.num_q_tokens + range.begin,
+                a.lse + head * a.num_q_tokens + range.end, -INFINITY);
   parallel_for(a.cost, a.head_dim,
                [&](int64_t begin, int64_t end) { AT_LEVEL(attend(a, begin, end)); });
   return {out, lse};
@@ -199,22 +207,18 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
     int64_t right) {
   q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
   grad_out = last_contiguous(grad_out);
+  const Attention a = attention_of(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale,
+                                   left, right);
   const Tensor grad_q = empty_of(q), grad_k = empty_of(k), grad_v = empty_of(v);
-  Attention a = attention_of(
-      q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left, right,
-      [&](int64_t begin, int64_t end) { zero_tokens(grad_q, begin, end); },
-      [&](int64_t begin, int64_t end) {
-        zero_tokens(grad_k, begin, end);
-        zero_tokens(grad_v, begin, end);
-      });
-  a.out = (void*)out.const_data_ptr(), a.lse = (float*)lse.const_data_ptr<float>();
-  const Gradients g{heads_of(grad_out),
-                    grad_lse ? grad_lse->const_data_ptr<float>() : nullptr,
-                    grad_lse ? grad_lse->stride(0) : 0,
-                    grad_lse ? grad_lse->stride(1) : 0,
-                    grad_q.mutable_data_ptr(),
-                    grad_k.mutable_data_ptr(),
-                    grad_v.mutable_data_ptr()};
+  Gradients g{heads_of(grad_out), nullptr, 0, 0, grad_q.mutable_data_ptr(),
+              grad_k.mutable_data_ptr(), grad_v.mutable_data_ptr()};
+  if (grad_lse) {
+    g.lse = grad_lse->const_data_ptr<float>();
+    g.lse_stride_h = grad_lse->stride(0), g.lse_stride_t = grad_lse->stride(1);
+  }
+  zero(grad_q, a.blind);
+  zero(grad_k, a.unseen);
+  zero(grad_v, a.unseen);
   parallel_for(a.cost, a.head_dim,
                [&](int64_t begin, int64_t end) { AT_LEVEL(attend_backward(a, g, begin, end)); });
   return {grad_q, grad_k, grad_v};

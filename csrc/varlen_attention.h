@@ -7,15 +7,15 @@
 namespace patchpack::LEVEL {
 namespace {
 
-// `2**x`, accurate to an ulp: 0 at -inf, and where it would be subnormal without AVX-512.
+// `2**x`, accurate to an ulp, and 0 at -inf; `2**x = 2**r * 2**(x - r)` with `0 <= r <= 1`.
 inline Floats exp2(Floats x) {
-  // 2**x = 2**r * 2**(x - r), 0 <= r <= 1
 #if defined(LEVEL_HAS_AVX512)
-  const Floats r = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 at -inf
+  const Floats r = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
 #else
   const auto zero = x < -126.0f;
   x = zero ? splat(-126.0f) : x > 127.0f ? splat(127.0f) : x;
-  const Floats magic = splat(12582912.0f), shifted = (x - 0.5f) + magic, r = x - (shifted - magic);
+  const Floats magic = splat(12582912.0f);  // its last bit is worth 1
+  const Floats shifted = (x - 0.5f) + magic, r = x - (shifted - magic);
 #endif
   Floats y = fma(r, splat(2.161291486e-4f), splat(1.246784697e-3f));
   y = fma(y, r, splat(9.675451554e-3f));
@@ -37,6 +37,7 @@ struct Blocks {
   using Operand = OperandOf<scalar_t>;
   static constexpr int64_t kPack = Operand::kPack;
   static constexpr float kLowest = -3.0e38f;          // finite: infinities are not subtracted
+  static constexpr int64_t kShortSum = 16;            // terms: their sum errs less
   static constexpr int64_t kUnits = 64;               // of a block of keys
   static constexpr int64_t kBlockK = kUnits * kPack;  // keys
 
@@ -65,7 +66,9 @@ struct Blocks {
       pack_transposed(across(heads, head, s.begin_k + key, std::min(kBlockK, s.len_k - key)),
                       channels_of(out, key), kUnits);
   }
-  float* channels_of(float* out, int64_t key) const { return out + key / kBlockK * head_dim * kUnits; }
+  float* channels_of(float* channels, int64_t key) const {
+    return channels + key / kBlockK * head_dim * kUnits;
+  }
   int64_t size_of_channels() const { return round_up(a.longest_k, kBlockK) / kPack * head_dim; }
 
   // `c[key, query]` from `rows[key] . columns[query]`
@@ -124,19 +127,23 @@ struct Blocks {
     return max(r < num_keys ? max(even, load(scores + r * kBlockQ)) : even, odd);
   }
 
-  // Channels by queries `[head_dim, kBlockQ]` into rows of `out`; `factor(i)` is that of queries i on.
+  // The head's place in a contiguous tensor of q's shape.
+  scalar_t* row_of(const void* x, int64_t head, int64_t token) const {
+    return (scalar_t*)x + (token * a.num_heads + head) * head_dim;
+  }
+  // Channels by queries `[head_dim, kBlockQ]`, times `factor` of a vector of queries, into `out`.
   template <typename Factor>
-  void store_rows(const float* x, int64_t num_queries, scalar_t* out, int64_t stride,
-                  const Factor& factor) const {
+  void store_queries(const float* x, scalar_t* out, int64_t num_queries,
+                     const Factor& factor) const {
     for (int64_t i = 0; i < num_queries; i += kLanes) {
       const Floats by = factor(i);
       for (int64_t d = 0; d < head_dim; d += kLanes) {
         const int n = (int)std::min<int64_t>(kLanes, head_dim - d);
-        Floats y[kLanes];
-        for (int l = 0; l < kLanes; ++l) y[l] = l < n ? load(x + (d + l) * kBlockQ + i) * by : Floats{};
+        Floats y[kLanes] = {};
+        for (int l = 0; l < n; ++l) y[l] = load(x + (d + l) * kBlockQ + i) * by;
         transpose(y);
         for (int64_t l = 0; l < std::min<int64_t>(kLanes, num_queries - i); ++l)
-          store(out + (i + l) * stride + d, y[l], n);
+          store(out + (i + l) * a.num_heads * head_dim + d, y[l], n);
       }
     }
   }
@@ -146,7 +153,8 @@ template <typename scalar_t>
 struct Forward : Blocks<scalar_t> {
   using Base = Blocks<scalar_t>;
   using typename Base::Operand;
-  using Base::a, Base::head_dim, Base::kBlockK, Base::kLowest, Base::kPack, Base::kUnits, Base::stride_units;
+  using Base::a, Base::head_dim, Base::stride_units;
+  using Base::kBlockK, Base::kLowest, Base::kPack, Base::kShortSum, Base::kUnits;
 
   Buffer keys{a.longest_k * stride_units}, values{Base::size_of_channels()};
   Buffer queries{head_dim * kBlockQ}, scores{kBlockK * kBlockQ}, p{kUnits * kBlockQ};
@@ -164,16 +172,21 @@ struct Forward : Blocks<scalar_t> {
       const Floats new_top = max(old_top, largest * a.score_scale);
       store(top.data + v * kLanes, new_top);
 
-      Floats sum = {};
       const Floats scale = splat(a.score_scale);
-      Base::for_packs(num_keys, [&](int64_t r, auto n) {
-        Floats probabilities[kPack] = {};
-        for (int i = 0; i < n; ++i) {
-          probabilities[i] = exp2(fma(load(x + (r + i) * kBlockQ), scale, -new_top));
-          sum += probabilities[i];
-        }
-        Operand::store_across(p.data + r / kPack * kBlockQ, v, probabilities);
-      });
+      Floats sum = {};
+      for (int64_t begin = 0; begin < num_keys; begin += kShortSum) {
+        Floats part = {};
+        Base::for_packs(std::min(kShortSum, num_keys - begin), [&](int64_t i, auto n) {
+          Floats probabilities[kPack] = {};
+          for (int l = 0; l < n; ++l) {
+            const Floats score = load(x + (begin + i + l) * kBlockQ);
+            probabilities[l] = exp2(fma(score, scale, -new_top));
+            part += probabilities[l];
+          }
+          Operand::store_across(p.data + (begin + i) / kPack * kBlockQ, v, probabilities);
+        });
+        sum += part;
+      }
 
       float* sums = total.data + v * kLanes;
       if (!first && std::memcmp(&old_top, &new_top, sizeof new_top)) {
@@ -211,11 +224,11 @@ struct Forward : Blocks<scalar_t> {
       Base::multiply_channels(values.data, p.data, acc.data, block, key, num_keys);
     }
 
+    float* lse = a.lse + head * a.num_q_tokens + token;
     for (int64_t i = 0; i < block.size; ++i)
-      a.lse[head * a.num_q_tokens + token + i] = (float)(top.data[i] * kLog2 + std::log(total.data[i]));
-    const int64_t stride = a.num_heads * head_dim;
-    Base::store_rows(acc.data, block.size, (scalar_t*)a.out + token * stride + head * head_dim, stride,
-                     [&](int64_t i) { return 1.0f / load(total.data + i); });
+      lse[i] = (float)(top.data[i] * kLog2 + std::log(total.data[i]));
+    Base::store_queries(acc.data, Base::row_of(a.out, head, token), block.size,
+                        [&](int64_t i) { return 1.0f / load(total.data + i); });
   }
 };
 
@@ -233,10 +246,11 @@ template <typename scalar_t>
 struct Backward : Blocks<scalar_t> {
   using Base = Blocks<scalar_t>;
   using typename Base::Operand;
-  using Base::a, Base::head_dim, Base::kBlockK, Base::kLowest, Base::kPack, Base::kUnits, Base::stride_units;
+  using Base::a, Base::head_dim, Base::stride_units;
+  using Base::kBlockK, Base::kLowest, Base::kPack, Base::kShortSum, Base::kUnits;
 
-  // float32 sees that lse and delta, which is made of the output, were rounded, so both are made
-  // anew, for which the scores of all keys are kept
+  // Float32 sees that lse and the output were rounded: what they stand for is then made anew, and
+  // for that the scores of all keys are kept.
   static constexpr bool kAnew = kPack == 1;
 
   const Gradients& g;
@@ -253,26 +267,28 @@ struct Backward : Blocks<scalar_t> {
   Buffer scores{num_kept * kBlockQ}, grad_p{num_kept * kBlockQ};
   Buffer grad_q{head_dim * kBlockQ};
   Buffer top{kBlockQ}, norm{kBlockQ}, delta{kBlockQ};
-  // of it and a block of keys: operands, which floats are as they are
-  Buffer p_along{kPack == 1 ? 0 : kBlockK * stride_p}, grad_s_along{kPack == 1 ? 0 : kBlockK * stride_p};
-  Buffer grad_s_across{kPack == 1 ? 0 : kUnits * kBlockQ};
+  // of it and a block of keys: operands, where they are not the scores and `grad_p` themselves
+  Buffer p_along{kAnew ? 0 : kBlockK * stride_p}, grad_s_along{kAnew ? 0 : kBlockK * stride_p};
+  Buffer grad_s_across{kAnew ? 0 : kUnits * kBlockQ};
 
-  float* of_keys(const Buffer& kept, int64_t key) const { return kept.data + (kAnew ? key * kBlockQ : 0); }
+  float* of_keys(const Buffer& kept, int64_t key) const {
+    return kept.data + (kAnew ? key * kBlockQ : 0);
+  }
 
+  // Scores, as powers of 2, and `grad_p` of a block of keys.
   void multiply_keys(const Segment& s, const QueryBlock& block, int64_t key, int64_t num_keys) {
-    Base::multiply_heads(keys.data + key * stride_units, queries.data, of_keys(scores, key), num_keys,
-                         block.vectors(kLanes), Scale{a.score_scale});
+    const int64_t vectors = block.vectors(kLanes);
+    Base::multiply_heads(keys.data + key * stride_units, queries.data, of_keys(scores, key),
+                         num_keys, vectors, Scale{a.score_scale});
     Base::mask(s, block, key, num_keys, of_keys(scores, key));
-  }
-  void multiply_values(const QueryBlock& block, int64_t key, int64_t num_keys) {
-    Base::multiply_heads(values.data + key * stride_units, grads.data, of_keys(grad_p, key), num_keys,
-                         block.vectors(kLanes), Assign{});
+    Base::multiply_heads(values.data + key * stride_units, grads.data, of_keys(grad_p, key),
+                         num_keys, vectors, Assign{});
   }
 
-  // `top` with `p = 2**(scores - top)`, and `delta`, the mean of `grad_p` less the gradient of lse.
+  // `top`, with which `p = 2**(scores - top)`, and `delta`: the mean of `grad_p`, less that of lse.
   void recall(int64_t head, int64_t token, int64_t num_queries) {
     const int64_t stride = a.num_heads * head_dim;
-    const scalar_t* out = (const scalar_t*)a.out + token * stride + head * head_dim;
+    const scalar_t* out = Base::row_of(a.out, head, token);
     const scalar_t* grad = Base::rows_of(g.out, head, token);
     for (int64_t i = 0; i < num_queries; i += kLanes) {
       Floats dots[kLanes] = {};
@@ -301,23 +317,25 @@ struct Backward : Blocks<scalar_t> {
     std::fill_n(top.data, kBlockQ, kLowest);
     for_keys([&](int64_t key, int64_t num_keys) {
       multiply_keys(s, block, key, num_keys);
-      multiply_values(block, key, num_keys);
       for (int64_t i = 0; i < block.size; i += kLanes)
         store(top.data + i, Base::largest(load(top.data + i), of_keys(scores, key) + i, num_keys));
     });
     for (int64_t i = 0; i < block.size; i += kLanes) {
       Floats total = {}, dot = {};
       for_keys([&](int64_t key, int64_t num_keys) {
-        Floats part_of_total = {}, part_of_dot = {};  // short sums err less
-        for (int64_t r = 0; r < num_keys; ++r) {
-          float* x = of_keys(scores, key) + r * kBlockQ + i;
-          const Floats p = exp2(load(x) - load(top.data + i));
-          store(x, p);
-          part_of_total += p;
-          part_of_dot = fma(p, load(of_keys(grad_p, key) + r * kBlockQ + i), part_of_dot);
+        for (int64_t begin = 0, end; begin < num_keys; begin = end) {
+          end = std::min(begin + kShortSum, num_keys);
+          Floats part_of_total = {}, part_of_dot = {};
+          for (int64_t r = begin; r < end; ++r) {
+            float* x = of_keys(scores, key) + r * kBlockQ + i;
+            const Floats p = exp2(load(x) - load(top.data + i));
+            store(x, p);
+            part_of_total += p;
+            part_of_dot = fma(p, load(of_keys(grad_p, key) + r * kBlockQ + i), part_of_dot);
+          }
+          total += part_of_total;
+          dot += part_of_dot;
         }
-        total += part_of_total;
-        dot += part_of_dot;
       });
       store(norm.data + i, 1.0f / total);
       store(delta.data + i, dot / total);
@@ -327,9 +345,9 @@ struct Backward : Blocks<scalar_t> {
   // Products of a block of keys and one of queries.
   void accumulate(const QueryBlock& block, int64_t key, int64_t num_keys) {
     const float *p_block = of_keys(scores, key), *grad_block = of_keys(grad_p, key);
-    float* p_rows = kPack == 1 ? of_keys(scores, key) : p_along.data;
-    float* s_rows = kPack == 1 ? of_keys(grad_p, key) : grad_s_along.data;
-    float* s_columns = kPack == 1 ? of_keys(grad_p, key) : grad_s_across.data;
+    float* p_rows = kAnew ? of_keys(scores, key) : p_along.data;
+    float* s_rows = kAnew ? of_keys(grad_p, key) : grad_s_along.data;
+    float* s_columns = kAnew ? of_keys(grad_p, key) : grad_s_across.data;
     const int64_t vectors = block.vectors(kLanes), stride = stride_p;
     Base::for_packs(num_keys, [&](int64_t r, auto n) {
       for (int64_t v = 0; v < vectors; ++v) {
@@ -370,12 +388,11 @@ struct Backward : Blocks<scalar_t> {
       recall(head, token, block.size);
     for (int64_t key = Base::first_key(block); key < block.end; key += kBlockK) {
       const int64_t num_keys = std::min(kBlockK, block.end - key);
-      if (!kAnew) multiply_keys(s, block, key, num_keys), multiply_values(block, key, num_keys);
+      if (!kAnew) multiply_keys(s, block, key, num_keys);
       accumulate(block, key, num_keys);
     }
-    const int64_t stride = a.num_heads * head_dim;
-    Base::store_rows(grad_q.data, block.size, (scalar_t*)g.q + token * stride + head * head_dim, stride,
-                     [&](int64_t) { return splat(a.softmax_scale); });
+    Base::store_queries(grad_q.data, Base::row_of(g.q, head, token), block.size,
+                        [&](int64_t) { return splat(a.softmax_scale); });
   }
 
   // Gradients of the keys and values of a head, and of the queries that look at them.

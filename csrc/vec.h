@@ -49,7 +49,7 @@ inline Uints widen(Shorts x) {
 
 inline Shorts narrow(Uints x) {
 #if defined(LEVEL_HAS_AVX512)
-  return (Shorts)_mm512_cvtepi32_epi16((__m512i)x);
+  return (Shorts)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x);
 #else
   return __builtin_convertvector(x, Shorts);
 #endif

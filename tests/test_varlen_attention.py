@@ -1,5 +1,6 @@
 """``varlen_attention``: invariants, hand-computed and original values, messages, compiled code."""
 
+import functools
 import itertools
 import json
 import math
@@ -18,7 +19,9 @@ from patchpack.testing.compare import assert_as_accurate
 from patchpack.testing.contract import differentiate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "native")
+FUSED = ("triton", "native")
+LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 
 
 def golden(function):
@@ -102,20 +105,22 @@ def test_equal_keys_give_the_mean_of_the_values_that_are_seen(options, len_q, le
     torch.testing.assert_close(lse, want.expand(2, -1))
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (70, 3)}], ids=str)
-def test_long_masks_are_those_of_the_reference(options):
+def test_long_masks_are_those_of_the_reference(options, impl):
     cu_seqlens_q, cu_seqlens_k = bounds(150, 40, 129), bounds(131, 200, 64)
     q, k, v = heads(319, 1, 16), torch.zeros(395, 1, 16), heads(395, 1, 16)
     got, want = (
         varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, impl=i, **options)
-        for i in ("triton", "reference")
+        for i in (impl, "reference")
     )
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [1, 8, 20, 33, 64, 72, 80, 88, 96, 104, 120, 128])
-def test_any_head_size_is_as_accurate_as_eager(head_dim, dtype):
+def test_any_head_size_is_as_accurate_as_eager(head_dim, dtype, impl):
     inputs = {
         "q": heads(33, 2, head_dim, dtype),
         "k": heads(33, 1, head_dim, dtype),
@@ -124,7 +129,7 @@ def test_any_head_size_is_as_accurate_as_eager(head_dim, dtype):
         "return_lse": True,
     }
     names = ("q", "k", "v")
-    actual = differentiate(lambda x: varlen_attention(**x, impl="triton"), inputs, names)
+    actual = differentiate(lambda x: varlen_attention(**x, impl=impl), inputs, names)
     eager = differentiate(lambda x: reference.varlen_attention(**x), inputs, names)
     oracle = differentiate(lambda x: reference.varlen_attention(**x), inputs, names, torch.float64)
     for name in actual:
@@ -261,11 +266,12 @@ def test_a_window_larger_than_any_segment_is_none(unlimited, lengths, impl):
 BAD_CU_SEQLENS = [(0, 9), (0, 100_000), (0, 2**31 - 1), (-3, 5), (2, 5), (0, 4, 2, 5), (5, 0)]
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("cu_seqlens", BAD_CU_SEQLENS, ids=str)
-def test_bad_values_of_cu_seqlens_stay_within_the_tensors(cu_seqlens):
+def test_bad_values_of_cu_seqlens_stay_within_the_tensors(cu_seqlens, impl):
     cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     arguments = [heads(5), torch.randn(2, 5), heads(5), heads(5), heads(5), cu_seqlens]
-    gradients("triton", *arguments)  # or it ends with the process
+    gradients(impl, *arguments)  # or it ends with the process
     with pytest.raises(ValueError, match="cu_seqlens must"):
         gradients("reference", *arguments)
 
@@ -314,14 +320,15 @@ def test_either_result_alone_can_be_differentiated(impl):
     torch.testing.assert_close(of_both[1], of_out[1] + of_lse[1])
 
 
-def test_rows_of_one_segment_may_lie_far_apart():
+@pytest.mark.parametrize("impl", FUSED)
+def test_rows_of_one_segment_may_lie_far_apart(impl):
     """Their offsets need 64 bits; only the pages that are touched get memory."""
     q = heads(200, 1, 16, torch.float16)
     apart = torch.empty(200, 2**24, dtype=q.dtype)[:, None, :16].copy_(q)
     assert apart[-1:].storage_offset() > 2**31
     grad_out, grad_lse = torch.randn_like(q), torch.randn(1, 200)
-    want = gradients("triton", grad_out, grad_lse, q, q, q, bounds(200))
-    got = gradients("triton", grad_out, grad_lse, apart, apart, apart, bounds(200))
+    want = gradients(impl, grad_out, grad_lse, q, q, q, bounds(200))
+    got = gradients(impl, grad_out, grad_lse, apart, apart, apart, bounds(200))
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
 
@@ -345,10 +352,11 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_a_query_that_sees_one_key_does_not_move_it():
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_query_that_sees_one_key_does_not_move_it(impl):
     """Its softmax is 1 whatever the score, to float32's last bits."""
     q, k, v = (x.requires_grad_() for x in (heads(40, 2, 80), heads(40, 2, 80), heads(40, 2, 80)))
-    out = varlen_attention(q, k, v, bounds(*[1] * 40), impl="triton")
+    out = varlen_attention(q, k, v, bounds(*[1] * 40), impl=impl)
     grad_q, grad_k, grad_v = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     assert grad_q.abs().max() < 1e-12
     assert (grad_k == 0).all()
@@ -379,11 +387,84 @@ def test_views_of_one_buffer_and_strided_heads(impl):
     assert torch.equal(varlen_attention(*qkv.unbind(1), every_other, impl=impl), want)
 
 
-def test_what_other_libraries_need_is_accepted():
+@pytest.mark.parametrize("impl", FUSED)
+def test_what_other_libraries_need_is_accepted(impl):
     q, cu_seqlens = heads(7), bounds(3, 4)
-    want = varlen_attention(q, q, q, cu_seqlens, impl="triton")
-    got = varlen_attention(q, q, q, cu_seqlens, cu_seqlens, 4, 4, impl="triton")
+    want = varlen_attention(q, q, q, cu_seqlens, impl=impl)
+    got = varlen_attention(q, q, q, cu_seqlens, cu_seqlens, 4, 4, impl=impl)
     assert torch.equal(got, want)
+
+
+# what the tiles of native kernels could get wrong: several blocks of either side, tails of one,
+# masks that cross them
+BLOCKS = [
+    ((200, 0, 77), (131, 5, 200), {}),
+    ((300, 70), (131, 257), {"causal": True}),
+    ((150, 40, 1), (260, 40, 150), {"window_size": (30, 17)}),
+]
+
+
+@functools.cache
+def in_blocks(head_dim, dtype, case):
+    """Inputs, and what eager code and a float64 oracle make of them."""
+    lengths_q, lengths_k, options = BLOCKS[case]
+    torch.manual_seed(case)
+    inputs = {
+        "q": heads(sum(lengths_q) + 3, 4, head_dim, dtype),
+        "k": heads(sum(lengths_k) + 2, 2, head_dim, dtype),
+        "v": heads(sum(lengths_k) + 2, 2, head_dim, dtype),
+        "cu_seqlens_q": bounds(*lengths_q),
+        "cu_seqlens_k": bounds(*lengths_k),
+        "return_lse": True,
+        **options,
+    }
+
+    def eager(precision=None):
+        return differentiate(lambda x: reference.varlen_attention(**x), inputs, "qkv", precision)
+
+    return inputs, eager(), eager(torch.float64)
+
+
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", range(len(BLOCKS)))
+@pytest.mark.parametrize("head_dim", [1, 3, 20, 64, 72, 80, 96, 128])
+def test_many_blocks_are_as_accurate_as_eager(head_dim, case, dtype, cpu_capability, impl):
+    inputs, eager, oracle = in_blocks(head_dim, dtype, case)
+    actual = differentiate(lambda x: varlen_attention(**x, impl=impl), inputs, "qkv")
+    for name in actual:
+        assert_as_accurate(name, actual[name], eager[name], oracle[name])
+
+
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_segments_have_the_bits_they_have_alone(dtype, cpu_capability, impl):
+    lengths = (17, 300, 1, 129)
+    q, k, v, grad_out = (heads(sum(lengths), n, 72, dtype) for n in (4, 2, 2, 4))
+    grad_lse = torch.randn(4, sum(lengths))
+    packed = gradients(impl, grad_out, grad_lse, q, k, v, bounds(*lengths), causal=True)
+    for begin, end in itertools.pairwise(bounds(*lengths).tolist()):
+        alone = (x[begin:end].clone() for x in (q, k, v))
+        arguments = (grad_out[begin:end], grad_lse[:, begin:end], *alone, bounds(end - begin))
+        for x, y in zip(packed, gradients(impl, *arguments, causal=True), strict=True):
+            assert torch.equal(x[:, begin:end] if x.shape[0] == 4 else x[begin:end], y)
+
+
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_key_at_minus_infinity_is_not_seen(dtype, cpu_capability, impl):
+    q, k, v = (heads(150, 2, 16, dtype) for _ in range(3))
+    q[..., 0] = 1
+    k[::3, :, 0] = -math.inf
+    seen = torch.arange(150) % 3 != 0
+    got = varlen_attention(q, k, v, bounds(150), return_lse=True, impl=impl)
+    want = varlen_attention(
+        q, k[seen], v[seen], bounds(150), bounds(100), return_lse=True, impl="reference"
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
 
 
 Q, CU = torch.zeros(6, 4, 16), bounds(2, 4)
