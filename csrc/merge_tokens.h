@@ -101,30 +101,39 @@ inline void normalise_backward(const Norm& norm, const NormGrad& g,
   }
 }
 
-// Blocks `[begin, end)`, and their `sums`.
+// Blocks `[begin, end)`, and their `sums`: of few rows first, then of those, so that errors stay few.
 inline void merge_normalised_backward(const Norm& norm, const NormGrad& g, float* sums,
                                       int64_t begin, int64_t end) {
-  std::fill_n(sums, 2 * norm.together * norm.num_channels, 0.0f);
+  constexpr int64_t kFew = 8;
+  const int64_t size = 2 * norm.together * norm.num_channels;
+  std::vector<float> few(size);
+  std::fill_n(sums, size, 0.0f);
+  int64_t count = 0;
+  const auto flush = [&] {
+    for (int64_t i = 0; i < size; ++i) sums[i] += few[i];
+    std::fill(few.begin(), few.end(), 0.0f);
+    count = 0;
+  };
   with_scalar(norm.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     const auto body = [&](const BlockTokens<const scalar_t>& block) {
-      for (int64_t k = 0; k < norm.blocks.area(); k += norm.together)
-        normalise_backward(norm, g, block, k, sums);
+      for (int64_t k = 0; k < norm.blocks.area(); k += norm.together) {
+        normalise_backward(norm, g, block, k, few.data());
+        if (++count == kFew) flush();
+      }
     };
     for_blocks(norm.blocks, (const scalar_t*)norm.x, norm.stride_x, begin, end, body);
   });
+  flush();
 }
 
 // Adds up columns `[begin, end)` of `rows`, which are `stride` apart.
 inline void sum_columns(const float* rows, int64_t num_rows, int64_t stride, float* out,
                         int64_t begin, int64_t end) {
-  std::fill(out + begin, out + end, 0.0f);
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const float* x = rows + row * stride;
-    for_lanes(end - begin, [&](int64_t i, auto n) {
-      store(out + begin + i, load(out + begin + i, n) + load(x + begin + i, n), n);
-    });
-  }
+  std::vector<double> sums(end - begin);
+  for (int64_t row = 0; row < num_rows; ++row)
+    for (int64_t i = begin; i < end; ++i) sums[i - begin] += rows[row * stride + i];
+  std::copy(sums.begin(), sums.end(), out + begin);
 }
 
 }  // namespace patchpack::LEVEL

@@ -849,9 +849,9 @@ FAULTS = [
     ),
     Fault(
         "native mrope: rows of four positions counted from the first",
-        "csrc/mrope.cpp",
-        "position_ids.size(0) - 3, 3",
-        "0, 3",
+        "csrc/rotary.h",
+        "(ids.size(0) - 3) * ids.stride(0)",
+        "0 * ids.stride(0)",
         native("mrope"),
     ),
     Fault(

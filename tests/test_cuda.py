@@ -123,7 +123,6 @@ def _only(monkeypatch, *impls):
     [
         ("cuda", ["triton", "cuda", "native"], "triton"),
         ("cuda", ["cuda", "native"], "cuda"),
-        ("cuda", ["native"], "reference"),
         ("meta", ["cuda"], "cuda"),
         ("meta", ["native"], "native"),
         ("cpu", ["triton", "cuda", "native"], "native"),
@@ -135,6 +134,14 @@ def test_the_default_is_what_the_device_has(device, installed, default, monkeypa
     with FakeTensorMode():
         x = torch.empty(0, device=device)
     assert _dispatch.resolve("rope_2d", None, q=x) == default
+
+
+def test_a_gpu_does_not_fall_back_to_the_reference(monkeypatch):
+    _only(monkeypatch, "native", "reference")
+    with FakeTensorMode():
+        x = torch.empty(0, device="cuda")
+    with pytest.raises(ValueError, match="impl='triton' of rope_2d is not available"):
+        _dispatch.resolve("rope_2d", None, q=x)
 
 
 def test_cuda_is_for_cuda_tensors(monkeypatch):

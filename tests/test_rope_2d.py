@@ -151,6 +151,7 @@ def test_a_strided_last_dimension_is_copied(impl):
 def test_the_default_on_a_cpu_is_native_where_it_is_built():
     default = "reference" if available("rope_2d", "native") else "native"
     assert _dispatch.resolve("rope_2d", None, q=torch.randn(15, 2, 32)) == default
+    assert _dispatch.resolve("rope_2d", None, q=torch.randn(15, 2, 32).double()) == "reference"
 
 
 Q = torch.zeros(12, 2, 32)

@@ -83,7 +83,8 @@ def available(op: str, impl: str) -> str | None:
         compiled ahead of time, for machines where Triton cannot compile.
 
     By default CUDA tensors take ``"triton"`` where Triton is installed, else ``"cuda"``, and CPU
-    tensors ``"native"`` where it is built, else ``"reference"``, which is slow.
+    tensors ``"native"`` where it is built, else ``"reference"``, which is slow and what float64
+    takes.
 
     Raises:
         ValueError: There is no such op or implementation.
@@ -95,14 +96,21 @@ def available(op: str, impl: str) -> str | None:
     return _UNAVAILABLE[op][impl]
 
 
-def resolve(op: str, impl: str | None, **first: Tensor) -> str:
-    """The implementation that runs for the ``first`` argument: the asked one, or its device's."""
+def resolve(op: str, impl: str | None, *, wide: bool = False, **first: Tensor) -> str:
+    """The implementation that runs for the ``first`` argument: the asked one, or its device's.
+
+    ``wide`` says that float64 is computed where ``first`` does not tell.
+    """
     ((name, x),) = first.items()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     device = x.device.type
     if impl is None:
         choices = _DEFAULTS.get(device, ("reference",))
+        if device == "cpu" and (
+            wide or x.dtype == torch.float64
+        ):  # which is for checks of gradients
+            choices = ("reference",)
         usable = [choice for choice in choices if not _UNAVAILABLE[op][choice]]
         impl = (usable or choices)[0]
     if impl not in IMPLS:

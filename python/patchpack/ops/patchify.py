@@ -73,8 +73,9 @@ def patchify(
     """
     if not isinstance(grid, PackedGrid):
         raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
-    impl = _dispatch.resolve("patchify", impl, grid=grid.geometry)
     images = _check.images("images", images)
+    wide = torch.float64 in (dtype, *(image.dtype for image in images))
+    impl = _dispatch.resolve("patchify", impl, wide=wide, grid=grid.geometry)
     patch_size, temporal_patch_size = _check.whole(
         patch_size=patch_size, temporal_patch_size=temporal_patch_size
     )
