@@ -366,12 +366,16 @@ struct Backward : Blocks<scalar_t> {
     });
 
     const int64_t of_queries = (block.size + kPack - 1) / kPack;
-    multiply<Operand>({p_rows, grad_rows.data, grad_v.data + key * stride_d, stride_p, stride_d,
-                       stride_d, num_keys, stride_d / kLanes, of_queries},
-                      Add{});
-    multiply<Operand>({s_rows, query_rows.data, grad_k.data + key * stride_d, stride_p, stride_d,
-                       stride_d, num_keys, stride_d / kLanes, of_queries},
-                      Add{});
+    for (int64_t i = 0; i < of_queries; i += kUnits) {  // shorter sums of float32, which err less
+      const auto add = [&](const float* rows, const Buffer& columns, const Buffer& grad) {
+        multiply<Operand>({rows + i, columns.data + i * stride_d, grad.data + key * stride_d,
+                           stride_p, stride_d, stride_d, num_keys, stride_d / kLanes,
+                           std::min(kUnits, of_queries - i)},
+                          Add{});
+      };
+      add(p_rows, grad_rows, grad_v);
+      add(s_rows, query_rows, grad_k);
+    }
     Base::multiply_channels(key_channels.data, s_columns, grad_q.data, block, key, num_keys);
   }
 

@@ -855,6 +855,27 @@ FAULTS = [
         native("mrope"),
     ),
     Fault(
+        "native varlen_attention: sum of the softmax not rescaled",
+        "csrc/varlen_attention.h",
+        "store(sums, load(sums) * shrink);",
+        "",
+        "tests/test_varlen_attention.py -k many_blocks",
+    ),
+    Fault(
+        "native varlen_attention: a block of keys is in full view one key too soon",
+        "csrc/varlen_attention.cpp",
+        "full_begin(s.first_key(first + size - 1))",
+        "full_begin(s.first_key(first + size - 2))",
+        "tests/test_varlen_attention.py -k many_blocks",
+    ),
+    Fault(
+        "native varlen_attention: the last row of an odd number is paired with what follows",
+        "csrc/gemm_tiles.h",
+        "rows > 1 ? _mm256_maskz_loadu_epi16(mask, x + stride) : __m256i{}",
+        "_mm256_maskz_loadu_epi16(mask, x + stride)",
+        "tests/test_varlen_attention.py -k neighbours",
+    ),
+    Fault(
         "interpreter: bf16 repair left out",
         "python/patchpack/_interpreter_arithmetic.py",
         "    if _stock_is_right():\n        yield",
