@@ -401,7 +401,7 @@ def test_what_other_libraries_need_is_accepted(impl):
 BLOCKS = [
     ((200, 0, 77), (131, 5, 200), {}),
     ((300, 70), (131, 260), {"causal": True}),
-    ((150, 40, 1), (260, 40, 150), {"window_size": (44, 17)}),
+    ((150, 40, 1), (260, 40, 150), {"window_size": (30, 17)}),
 ]
 
 
