@@ -25,6 +25,7 @@ struct PosEmbed {
   // of the forward pass
   const void* table;
   int64_t stride_row, stride_col;
+  bool past_caches;
   std::vector<ImageRow> image_rows;  // and a last one where they end
   // of the backward pass
   std::vector<float*> frame_sums;  // null unless there are several frames
@@ -43,7 +44,8 @@ Tokens tokens_of(const Tensor& x) { return {x.scalar_type(), x.const_data_ptr(),
 
 PosEmbed pos_embed(const Tensor& geometry, int64_t merge, int64_t rows, int64_t cols,
                    int64_t num_channels, ScalarType table_dtype, ResizeMatrices& matrices) {
-  PosEmbed e{geometry_of(geometry), {}, {}, {}, num_channels, table_dtype, nullptr, 0, 0, {}, {}};
+  PosEmbed e{geometry_of(geometry), {}, {}, {}, num_channels, table_dtype,
+             nullptr, 0, 0, false, {}, {}};
   e.cells = cell_tokens(e.geometry, merge);
   for (int64_t grid = 0; grid < e.geometry.num_grids; ++grid) {
     e.rows.push_back(matrices.of(rows, e.geometry.height(grid)));
@@ -87,6 +89,7 @@ std::tuple<Tensor, Tensor> add_pos_embed(Tensor x, Tensor table, Tensor geometry
   e.table = table.const_data_ptr();
   e.stride_row = table.stride(0);
   e.stride_col = table.stride(1);
+  e.past_caches = past_caches(x, out);
   e.image_rows = rows_by_table(e, num_tokens);
   float* scale = antialias ? scales.mutable_data_ptr<float>() : nullptr;
   parallel_for(num_tokens, 2 * num_channels, [&](int64_t begin, int64_t end) {

@@ -6,12 +6,12 @@ namespace patchpack::LEVEL {
 // Adds an embedding to its token in each of `frames` frames of `area` tokens.
 template <typename scalar_t>
 inline void add_to_frames(const float* embedding, const Tokens& x, scalar_t* out, int64_t token,
-                          int64_t frames, int64_t area, int64_t num_channels) {
+                          int64_t frames, int64_t area, int64_t num_channels, bool past_caches) {
   for (int64_t frame = 0; frame < frames; ++frame, token += area) {
     const scalar_t* from = (const scalar_t*)x.data + token * x.stride;
     scalar_t* to = out + token * num_channels;
     for_lanes(num_channels, [&](int64_t c, auto n) {
-      store(to + c, load(from + c, n) + load(embedding + c, n), n);
+      store(to + c, load(from + c, n) + load(embedding + c, n), n, past_caches);
     });
   }
 }
@@ -38,7 +38,7 @@ inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out, float*
         const int64_t token = e.geometry.first(grid) + e.cells[grid](row, col);
         with_scalar(x.dtype, [&](auto scalar) {
           add_to_frames(embedding.data(), x, (decltype(scalar)*)out, token, frames, area,
-                        e.num_channels);
+                        e.num_channels, e.past_caches);
         });
         for (int64_t frame = 0; scales && frame < frames; ++frame)
           scales[token + frame * area] = rows.scales[row] * cols.scales[col];
@@ -51,6 +51,7 @@ inline void add_embeddings(const PosEmbed& e, const Tokens& x, void* out, float*
                  [&](int64_t) { return embedding.data(); }, add);
     }
   });
+  fence();
 }
 
 // Kahan's sum: what is lost to rounding goes into the next term, however many there are.

@@ -50,20 +50,6 @@ Layout layout_of(ScalarType dtype, const Tensor& table, const Tensor& maps,
   return layout;
 }
 
-// The last of `count` places that begins at or before `place`; the first if none does.
-template <typename Begin>
-int64_t find_place(int64_t count, int64_t place, const Begin& begin) {
-  int64_t low = 0, high = std::max<int64_t>(count - 1, 0);
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (begin(middle) <= place)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 }  // namespace
 }  // namespace patchpack
 

@@ -8,6 +8,20 @@
 
 namespace patchpack {
 
+// The last of `count` places, `first(i)`, that is not after `place`, or place 0: a binary search.
+template <typename First>
+HOST_DEVICE int64_t find_place(int64_t count, int64_t place, const First& first) {
+  int64_t low = 0, high = count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first(middle) <= place)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
 // `geometry` is int64 `[G + 1, 3]`: first token, rows and columns of each grid; then `(T, 1, 1)`.
 struct Geometry {
   const int64_t* rows;
@@ -18,17 +32,9 @@ struct Geometry {
   HOST_DEVICE int64_t width(int64_t grid) const { return rows[3 * grid + 2]; }
   HOST_DEVICE int64_t num_tokens() const { return first(num_grids); }
 
-  // The grid that holds `token`: a binary search.
+  // The grid that holds `token`.
   HOST_DEVICE int64_t find(int64_t token) const {
-    int64_t low = 0, high = num_grids - 1;
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (first(middle) <= token)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    return low;
+    return find_place(num_grids, token, [this](int64_t grid) { return first(grid); });
   }
 };
 

@@ -11,6 +11,7 @@ struct Resize {
   const void* x;
   void* out;
   int64_t num_channels, stride;
+  bool past_caches;
   Geometry from, to;
   std::vector<CellTokens> from_cells, to_cells;
   std::vector<const ResizeMatrix*> rows, cols;
@@ -47,7 +48,8 @@ std::tuple<Tensor, Tensor> interpolate_tokens(Tensor x, Tensor geometry, Tensor 
                            : empty({filter.normalised() ? num_tokens : 0}, ScalarType::Float);
 
   Resize r{x.scalar_type(), x.const_data_ptr(), out.mutable_data_ptr(), num_channels, x.stride(0),
-           geometry_of(geometry), geometry_of(target_geometry), {}, {}, {}, {}};
+           past_caches(x, out), geometry_of(geometry), geometry_of(target_geometry), {}, {}, {},
+           {}};
   r.from_cells = cell_tokens(r.from, merge);
   r.to_cells = cell_tokens(r.to, target_merge);
   ResizeMatrices matrices(filter, false);
@@ -72,7 +74,8 @@ Tensor interpolate_tokens_backward(Tensor grad, Tensor saved, Tensor geometry,
   const Tensor grad_x = empty({num_tokens, num_channels}, grad.scalar_type());
 
   Resize r{grad.scalar_type(), grad.const_data_ptr(), grad_x.mutable_data_ptr(), num_channels,
-           grad.stride(0), geometry_of(target_geometry), geometry_of(geometry), {}, {}, {}, {}};
+           grad.stride(0), past_caches(grad, grad_x), geometry_of(target_geometry),
+           geometry_of(geometry), {}, {}, {}, {}};
   r.from_cells = cell_tokens(r.from, target_merge);
   r.to_cells = cell_tokens(r.to, merge);
   ResizeMatrices matrices(filter, true);

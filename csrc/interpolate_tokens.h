@@ -29,7 +29,7 @@ inline void for_parts(const Resize& r, int64_t begin, int64_t end, const Body& b
 inline void resize(const Resize& r, float* scales, int64_t begin, int64_t end) {
   with_scalar(r.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    RowResizer<scalar_t> resize_row(r.num_channels, false);
+    RowResizer<scalar_t> resize_row(r.num_channels, false, r.past_caches);
     for_parts(r, begin, end, [&](const RowPart& p) {
       const scalar_t* x = (const scalar_t*)r.x + p.from_start * r.stride;
       scalar_t* out = (scalar_t*)r.out + p.to_start * r.num_channels;

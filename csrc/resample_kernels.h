@@ -39,7 +39,7 @@ struct Terms {
 // CPU's own prefetcher does not see them coming.
 template <typename scalar_t, typename out_t, typename Count>
 inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<scalar_t>& next,
-                      int64_t size, out_t* out) {
+                      int64_t size, out_t* out, bool past_caches) {
   constexpr int kWide = 4;  // vectors at a time
   constexpr int64_t kWideBytes = kWide * kLanes * sizeof(scalar_t);
   const scalar_t* const* sources = terms.sources.data();
@@ -54,7 +54,7 @@ inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<sca
     for (int64_t k = 1; k < count; ++k)
       for (int v = 0; v < kWide; ++v)
         acc[v] = fma(splat(weights[k]), load(sources[k] + c + v * kLanes), acc[v]);
-    for (int v = 0; v < kWide; ++v) store(out + c + v * kLanes, acc[v]);
+    for (int v = 0; v < kWide; ++v) store(out + c + v * kLanes, acc[v], All{}, past_caches);
   }
   for_lanes(size - c, [&](int64_t i, auto n) {
     Floats acc = weights[0] * load(sources[0] + c + i, n);
@@ -66,13 +66,13 @@ inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<sca
 
 template <typename scalar_t, typename out_t>
 inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
-                      out_t* out) {
+                      out_t* out, bool past_caches = false) {
   if (terms.count() == 0)
     for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
   else if (terms.count() == 4)  // bilinear
-    sum_terms(terms, std::integral_constant<int, 4>{}, next, size, out);
+    sum_terms(terms, std::integral_constant<int, 4>{}, next, size, out, past_caches);
   else
-    sum_terms(terms, terms.count(), next, size, out);
+    sum_terms(terms, terms.count(), next, size, out, past_caches);
 }
 
 // Makes parts of rows of resized maps, `num_channels` of each token.
@@ -80,8 +80,9 @@ template <typename scalar_t>
 class RowResizer {
  public:
   // Columns that nothing is summed for get zeros, or are left out.
-  RowResizer(int64_t num_channels, bool skip_empty)
-      : num_channels_(num_channels), skip_empty_(skip_empty) {}
+  RowResizer(int64_t num_channels, bool skip_empty, bool past_caches = false)
+      : num_channels_(num_channels), skip_empty_(skip_empty), past_caches_(past_caches) {}
+  ~RowResizer() { fence(); }
 
   // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, a column goes to
   // `out_at(col)`, and then `done(col)` is called.
@@ -114,7 +115,7 @@ class RowResizer {
       std::swap(terms_, next_);
       find_terms(col + 1);
       if (skip_empty_ && terms_.count() == 0) continue;
-      sum_terms(terms_, next_, num_channels_, out_at(col));
+      sum_terms(terms_, next_, num_channels_, out_at(col), past_caches_);
       done(col);
     }
   }
@@ -146,13 +147,13 @@ class RowResizer {
       summed_terms_.clear();
       for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
         summed_terms_.add(summed_.data() + (x->index - left) * num_channels_, x->weight);
-      sum_terms(summed_terms_, {}, num_channels_, out_at(col));
+      sum_terms(summed_terms_, {}, num_channels_, out_at(col), past_caches_);
       done(col);
     }
   }
 
   int64_t num_channels_;
-  bool skip_empty_;
+  bool skip_empty_, past_caches_;
   std::vector<float> summed_;
   Terms<scalar_t> terms_, next_;
   Terms<float> summed_terms_;

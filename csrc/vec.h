@@ -75,8 +75,6 @@ inline Floats load(const Half* x, All = {}) {
 #endif
 }
 
-inline void store(float* out, Floats v, All = {}) { std::memcpy(out, &v, sizeof v); }
-
 // To nearest, ties to even; NaN stays NaN.
 inline Shorts to_bfloat16(Floats v) {
   const Uints bits = (Uints)v;
@@ -84,19 +82,66 @@ inline Shorts to_bfloat16(Floats v) {
   return narrow(v != v ? Uints{} + 0x7FC0u : rounded);
 }
 
-inline void store(BFloat16* out, Floats v, All = {}) {
-  const Shorts bits = to_bfloat16(v);
+inline Shorts to_half(Floats v) {
+#if defined(LEVEL_HAS_AVX512)
+  return (Shorts)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(LEVEL_HAS_AVX2)
+  return (Shorts)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Shorts bits;
+  for (int i = 0; i < kLanes; ++i) bits[i] = Half(v[i]).x;
+  return bits;
+#endif
+}
+
+template <typename scalar_t>
+inline auto to_memory(Floats v) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16>)
+    return to_bfloat16(v);
+  else if constexpr (std::is_same_v<scalar_t, Half>)
+    return to_half(v);
+  else
+    return v;
+}
+
+template <typename scalar_t>
+inline void store(scalar_t* out, Floats v, All = {}) {
+  const auto bits = to_memory<scalar_t>(v);
   std::memcpy((void*)out, &bits, sizeof bits);
 }
 
-inline void store(Half* out, Floats v, All = {}) {
+// Past the caches: see tensor.h. `out` is a multiple of its vector's size, and other threads see it
+// after a `fence()`.
+template <typename scalar_t>
+inline void stream(scalar_t* out, Floats v) {
+  const auto bits = to_memory<scalar_t>(v);
 #if defined(LEVEL_HAS_AVX512)
-  _mm256_storeu_si256((__m256i*)out, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (sizeof bits == 64)
+    _mm512_stream_si512((__m512i*)out, (__m512i)bits);
+  else
+    _mm256_stream_si256((__m256i*)out, (__m256i)bits);
 #elif defined(LEVEL_HAS_AVX2)
-  _mm_storeu_si128((__m128i*)out, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (sizeof bits == 32)
+    _mm256_stream_si256((__m256i*)out, (__m256i)bits);
+  else
+    _mm_stream_si128((__m128i*)out, (__m128i)bits);
 #else
-  for (int i = 0; i < kLanes; ++i) out[i] = v[i];
+  std::memcpy((void*)out, &bits, sizeof bits);
 #endif
+}
+
+inline void fence() {
+#if defined(LEVEL_HAS_AVX2)
+  _mm_sfence();
+#endif
+}
+
+template <typename scalar_t>
+inline void store(scalar_t* out, Floats v, All, bool past_caches) {
+  if (past_caches)
+    stream(out, v);
+  else
+    store(out, v);
 }
 
 // the first n lanes
@@ -113,15 +158,13 @@ inline Floats load(const BFloat16* x, int n) {
 inline Floats load(const Half* x, int n) {
   return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), x));
 }
-inline void store(float* out, Floats v, int n) {
-  _mm512_mask_storeu_ps(out, first_lanes(n), (__m512)v);
-}
-inline void store(BFloat16* out, Floats v, int n) {
-  _mm256_mask_storeu_epi16(out, first_lanes(n), (__m256i)to_bfloat16(v));
-}
-inline void store(Half* out, Floats v, int n) {
-  const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-  _mm256_mask_storeu_epi16(out, first_lanes(n), bits);
+template <typename scalar_t>
+inline void store(scalar_t* out, Floats v, int n) {
+  const auto bits = to_memory<scalar_t>(v);
+  if constexpr (sizeof bits == 64)
+    _mm512_mask_storeu_ps(out, first_lanes(n), (__m512)bits);
+  else
+    _mm256_mask_storeu_epi16(out, first_lanes(n), (__m256i)bits);
 }
 #else
 template <typename scalar_t>
@@ -137,6 +180,11 @@ inline void store(scalar_t* out, Floats v, int n) {
   std::memcpy((void*)out, lanes, n * sizeof(scalar_t));
 }
 #endif
+
+template <typename scalar_t>
+inline void store(scalar_t* out, Floats v, int n, bool) {
+  store(out, v, n);
+}
 
 // across lanes, in a fixed order
 

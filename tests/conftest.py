@@ -58,9 +58,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
 def cpu_capability(request):
-    """The instructions that native kernels use, or skip where this CPU does not have them."""
+    """The instructions that native kernels use: all, but those that this CPU does not have."""
     if (reason := patchpack.available("rope", "native")) is not None:
         pytest.skip(reason)
     before = torch.ops.patchpack.cpu_capability("")

@@ -212,6 +212,18 @@ def test_many_images_and_clips_of_any_dtype(options, dtype, table_dtype, impl):
         assert_as_accurate(name, *values)
 
 
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [512, 520])  # whole cache lines in all dtypes, and not
+def test_more_than_caches_hold_has_the_bits_of_each_image(channels, dtype, cpu_capability, impl):
+    sizes = [(1, 64, 50)] * (3 if dtype == torch.float32 else 6)
+    grid, alone = PackedGrid(sizes), PackedGrid(sizes[:1])
+    x, table = torch.randn(grid.num_tokens, channels).to(dtype), torch.randn(9, 9, channels)
+    y = add_pos_embed(x, table, grid, impl=impl)
+    for tokens, part in zip(x.split(3200), y.split(3200), strict=True):
+        assert torch.equal(part, add_pos_embed(tokens, table, alone, impl=impl))
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 def test_an_infinite_gradient_stays_infinite(impl):
     table = torch.randn(1, 1, 3, requires_grad=True)

@@ -179,6 +179,24 @@ def test_rows_that_threads_share_have_the_same_bits(mode, options, impl):
         assert all(map(torch.equal, result, results[0]))
 
 
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [512, 520])  # whole cache lines in all dtypes, and not
+def test_more_than_caches_hold_has_the_bits_of_each_map(channels, dtype, cpu_capability, impl):
+    sizes = [(1, 120, 100)] * (2 if dtype == torch.float32 else 4)
+    grid, alone = PackedGrid(sizes), PackedGrid(sizes[:1])
+    x = torch.randn(grid.num_tokens, channels).to(dtype).requires_grad_()
+    y, _ = interpolate_tokens(x, grid, (60, 51), impl=impl)
+    grad = torch.randn_like(y)
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    for i in range(len(sizes)):
+        tokens = x.detach()[i * 12000 : (i + 1) * 12000].requires_grad_()
+        part, _ = interpolate_tokens(tokens, alone, (60, 51), impl=impl)
+        (grad_part,) = torch.autograd.grad(part, tokens, grad[i * 3060 : (i + 1) * 3060])
+        assert torch.equal(y[i * 3060 : (i + 1) * 3060], part)
+        assert torch.equal(grad_x[i * 12000 : (i + 1) * 12000], grad_part)
+
+
 def test_what_is_no_tensor_is_named():
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         interpolate_tokens([[1.0]], PackedGrid([(1, 1)]), (1, 1))

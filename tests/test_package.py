@@ -24,18 +24,6 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="there is no C++ extension"
 
 SOURCE = (".cpp", ".h", ".json", ".md", ".py")
 
-# ops whose C++ is to come: the table of CONTRIBUTING.md has no such exception
-WITHOUT_CPP = {
-    "add_pos_embed",
-    "assemble",
-    "interpolate_tokens",
-    "merge_tokens",
-    "patchify",
-    "region_attention",
-    "resize_images",
-    "scatter_tokens",
-    "varlen_attention",
-}
 SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/patchpack"}
 
 # what a layer may import besides the standard library and itself; the longest name applies
@@ -161,10 +149,9 @@ def test_an_op_has_all_its_parts(op):
         f"python/patchpack/ops/{op}.py",
         f"tests/test_{op}.py",
         f"bench/bench_{op}.py",
+        f"csrc/{op}.cpp",
     ]
-    if op not in WITHOUT_CPP:
-        parts += [f"csrc/{op}.cpp", f"csrc/{op}.h"]
-        assert not NATIVE or patchpack.available(op, "native") is None
+    assert not NATIVE or patchpack.available(op, "native") is None
     missing = [part for part in parts if not (ROOT / part).is_file()]
     assert not missing
     assert op in patchpack.__all__

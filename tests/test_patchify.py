@@ -17,7 +17,6 @@ from patchpack import PackedGrid, available, patchify, resize_images
 
 IMPLS = ("reference", "triton", "native")
 RUN = [impl for impl in IMPLS if available("patchify", impl) is None]
-LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]
 needs_native = pytest.mark.skipif("native" not in RUN, reason="there is no C++ extension")
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 
@@ -159,7 +158,6 @@ def test_no_images_are_no_patches(impl):
 MOMENTS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
 
-@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
 @pytest.mark.parametrize("size", [1, 3, 8, 14, 16, 17, 32])
 def test_native_patches_of_any_size_at_any_capability(size, cpu_capability):
     clip = torch.randint(256, (3, 2 * size + size // 2, 5 * size, 3), dtype=torch.uint8)
@@ -221,7 +219,6 @@ def test_resampling_is_resizing_first(resample, impl):
     assert torch.equal(patchify(images, grid, **options, resample=resample, impl=impl), want)
 
 
-@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
 @pytest.mark.parametrize("layout", ["ctpp", "ppc"])
 def test_native_resampling_at_any_capability(layout, cpu_capability):
     images, grid = ragged(1)

@@ -19,7 +19,6 @@ FILTERS = {
 needs_native = pytest.mark.skipif(
     available("resize_images", "native") is not None, reason="there is no C++ extension"
 )
-LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]
 PILLOW = int(PIL.__version__.partition(".")[0])
 
 
@@ -114,7 +113,6 @@ SHAPES = [  # height and width before and after: ratios, sides of one pixel, blo
 
 
 @pytest.mark.skipif(PILLOW < 13, reason="resizes the width first")
-@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
 @pytest.mark.parametrize("mode", FILTERS)
 def test_native_gives_the_bytes_of_pillow(mode, cpu_capability):
     for seed, (before, after) in enumerate(SHAPES):

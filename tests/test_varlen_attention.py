@@ -21,7 +21,6 @@ from patchpack.testing.contract import differentiate
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 IMPLS = ("reference", "triton", "native")
 FUSED = ("triton", "native")
-LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 
 
 def golden(function):
@@ -427,7 +426,6 @@ def in_blocks(head_dim, dtype, case):
 
 
 @pytest.mark.parametrize("impl", ["native"])
-@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", range(len(BLOCKS)))
 @pytest.mark.parametrize("head_dim", [1, 3, 20, 64, 72, 80, 96, 128])
@@ -439,7 +437,6 @@ def test_many_blocks_are_as_accurate_as_eager(head_dim, case, dtype, cpu_capabil
 
 
 @pytest.mark.parametrize("impl", ["native"])
-@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_segments_have_the_bits_they_have_alone(dtype, cpu_capability, impl):
     lengths = (17, 300, 1, 129)
@@ -454,7 +451,6 @@ def test_long_segments_have_the_bits_they_have_alone(dtype, cpu_capability, impl
 
 
 @pytest.mark.parametrize("impl", ["native"])
-@pytest.mark.parametrize("cpu_capability", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_key_at_minus_infinity_is_not_seen(dtype, cpu_capability, impl):
     q, k, v = (heads(150, 2, 16, dtype) for _ in range(3))
