@@ -267,6 +267,34 @@ def test_an_op_runs_from_the_wheel(wheel, tmp_path):
     assert where.splitlines() == [kernel, "None" if native else reason]
 
 
+@needs_native
+def test_a_cpu_capability_that_is_not_to_be_had_is_an_error():
+    environment = {**os.environ, "PATCHPACK_CPU_CAPABILITY": "avx1024"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import patchpack"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "PATCHPACK_CPU_CAPABILITY must be one of plain, " in done.stderr
+    assert "got 'avx1024'" in done.stderr
+
+
+def test_an_extension_that_does_not_load_is_not_passed_over_in_silence(tmp_path):
+    without = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "python/patchpack", tmp_path / "patchpack", ignore=without)
+    (tmp_path / "patchpack/_C.abi3.so").write_bytes(b"no library")
+    found = _python(
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import patchpack\n"
+        "(warning,) = (str(w.message) for w in caught if w.category is RuntimeWarning)\n"
+        "assert warning == patchpack.available('rope_2d', 'native')\n"
+        "print(warning)",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert "the extension patchpack._C does not load with torch " in found
+
+
 def test_an_extension_that_is_asked_for_is_built_or_an_error(unpacked, tmp_path):
     done = _build(unpacked, tmp_path, "--wheel", CXX="false", PATCHPACK_NATIVE="1")
     assert done.returncode != 0

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,10 @@ def _reason_not_loaded(extension: str) -> str | None:
         return f"the C++ extension {name} is not part of this installation"
     try:
         importlib.import_module(name)
-        if extension == "_C":  # refuses what PATCHPACK_CPU_CAPABILITY asks for
-            torch.ops.patchpack.cpu_capability("")
     except ImportError as error:
-        return f"the extension {name} does not load with torch {torch.__version__}: {error}"
-    except RuntimeError as error:
-        return f"the extension {name} refuses to run: {error}"
+        reason = f"the extension {name} does not load with torch {torch.__version__}: {error}"
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        return reason
     return None
 
 
@@ -66,6 +65,8 @@ _NOT_INSTALLED = {
     "native": _reason_not_loaded("_C"),
     "reference": None,
 }
+if _NOT_INSTALLED["native"] is None:
+    torch.ops.patchpack.cpu_capability("")  # refuses a wrong PATCHPACK_CPU_CAPABILITY at once
 # why an implementation of an op cannot run, by op and implementation
 _UNAVAILABLE: dict[str, dict[str, str | None]] = {}
 
