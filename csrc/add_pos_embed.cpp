@@ -1,4 +1,5 @@
 // Adding a resized table of position embeddings; the maths is in patchpack.reference.add_pos_embed.
+#include "past_caches.h"
 #include "resample_tables.h"
 
 namespace patchpack {

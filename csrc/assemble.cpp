@@ -1,4 +1,5 @@
 // One sequence of maps and learned vectors; the maths is in patchpack.reference.assemble.
+#include "past_caches.h"
 #include "resample_tables.h"
 #include "rows.h"
 #include "sums.h"
@@ -35,13 +36,15 @@ struct Layout {
   const Part* parts;
   const Map* maps;
   int64_t num_parts, num_maps;
+  bool past_caches;
   std::vector<const ResizeMatrix*> rows = {}, cols = {};  // of each part, if it is resized
 };
 
-Layout layout_of(ScalarType dtype, const Tensor& table, const Tensor& maps,
+Layout layout_of(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& maps,
                  ResizeMatrices& matrices) {
-  Layout layout{dtype, (const Part*)table.const_data_ptr<int64_t>(),
-                (const Map*)maps.const_data_ptr<int64_t>(), table.size(0) - 1, maps.size(0) - 1};
+  Layout layout{x.scalar_type(), (const Part*)table.const_data_ptr<int64_t>(),
+                (const Map*)maps.const_data_ptr<int64_t>(), table.size(0) - 1, maps.size(0) - 1,
+                past_caches(x, out)};
   for (int64_t i = 0; i < layout.num_parts; ++i) {
     const Part& part = layout.parts[i];
     layout.rows.push_back(part.is_resized() ? matrices.of(part.height, part.rows) : nullptr);
@@ -66,7 +69,7 @@ std::tuple<Tensor, Tensor> assemble(Tensor tokens, std::optional<Tensor> vectors
   const Tensor learned = last_contiguous(vectors.value_or(tokens));
   const Rows from_tokens(tokens), from_vectors(learned);
   ResizeMatrices matrices({ResampleMode::bilinear, false, false}, false);
-  const Layout layout = layout_of(tokens.scalar_type(), table, maps, matrices);
+  const Layout layout = layout_of(tokens, out, table, maps, matrices);
   int32_t* label = vectors ? labels.mutable_data_ptr<int32_t>() : nullptr;
   char* data = (char*)out.mutable_data_ptr();
   parallel_for(num_tokens, from_tokens.num_channels, [&](int64_t begin, int64_t end) {
@@ -82,7 +85,7 @@ std::tuple<Tensor, Tensor> assemble_backward(Tensor grad, Tensor labels, Tensor 
   grad = last_contiguous(grad);
   const Rows from(grad);
   ResizeMatrices matrices({ResampleMode::bilinear, false, false}, true);
-  const Layout layout = layout_of(grad.scalar_type(), table, maps, matrices);
+  const Layout layout = layout_of(grad, grad_tokens, table, maps, matrices);
   char* data = (char*)grad_tokens.mutable_data_ptr();
   parallel_for(num_tiles * tile_size, from.num_channels, [&](int64_t begin, int64_t end) {
     AT_LEVEL(assemble_backward(layout, from, data, begin, end));

@@ -9,7 +9,7 @@ inline void assemble(const Layout& layout, const Rows& tokens, const Rows& vecto
   const auto begin_of = [&](int64_t part) { return layout.parts[part].begin; };
   with_scalar(layout.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    RowResizer<scalar_t> resize_row(tokens.num_channels, false);
+    RowResizer<scalar_t> resize_row(tokens.num_channels, false, layout.past_caches);
     int64_t i = find_place(layout.num_parts, begin, begin_of);
     while (begin < end) {
       while (begin >= begin_of(i + 1)) ++i;
@@ -29,7 +29,7 @@ inline void assemble(const Layout& layout, const Rows& tokens, const Rows& vecto
                    [](int64_t) {});
       } else {
         for (int64_t col = left; col < right; ++col)
-          std::memcpy(out_at(col), source_at(row, col), tokens.num_bytes);
+          copy_bytes(out_at(col), source_at(row, col), tokens.num_bytes, layout.past_caches);
       }
       if (stop > part.cols)
         std::memcpy(out_at(part.cols), vectors.at(part.newline), tokens.num_bytes);
@@ -47,7 +47,7 @@ inline void assemble_backward(const Layout& layout, const Rows& grad, char* out,
   const auto first_of = [&](int64_t map) { return layout.maps[map].first; };
   with_scalar(layout.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    RowResizer<scalar_t> resize_row(grad.num_channels, false);
+    RowResizer<scalar_t> resize_row(grad.num_channels, false, layout.past_caches);
     int64_t i = find_place(layout.num_maps, begin, first_of);
     while (begin < end) {
       while (i + 1 < layout.num_maps && begin >= first_of(i + 1)) ++i;
@@ -87,7 +87,7 @@ inline void assemble_backward(const Layout& layout, const Rows& grad, char* out,
                    column_at, [](int64_t) {});
       } else {
         for (int64_t c = left; c < right; ++c)
-          std::memcpy(out_at(start + c), source_at(row, c), grad.num_bytes);
+          copy_bytes(out_at(start + c), source_at(row, c), grad.num_bytes, layout.past_caches);
       }
       begin = std::max(begin, start + right);
       clear(stop);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "grid.h"
+#include "past_caches.h"
 #include "tensor.h"
 
 namespace patchpack {

@@ -1,4 +1,5 @@
 // Resizing maps of packed images; the maths is in patchpack.reference.interpolate_tokens.
+#include "past_caches.h"
 #include "resample_tables.h"
 
 namespace patchpack {

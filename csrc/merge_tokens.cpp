@@ -1,5 +1,6 @@
 // Square blocks of tokens become one token; the maths is in patchpack.reference.merge_tokens.
 #include "blocks.h"
+#include "past_caches.h"
 #include "tensor.h"
 
 namespace patchpack {
@@ -52,11 +53,13 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(Tensor x, std::optional<Tensor> 
     const int64_t element = x.element_size(), bytes = num_channels * element;
     const char* from = (const char*)x.const_data_ptr();
     char* to = (char*)out.mutable_data_ptr();
+    const bool past = past_caches(x, out);
     parallel_for(num_blocks, area * num_channels, [&](int64_t begin, int64_t end) {
       for_blocks(blocks, from, x.stride(0) * element, begin, end, [&](const auto& block) {
         for (int64_t k = 0; k < area; ++k)
-          std::memcpy(to + (block.n * area + k) * bytes, block.x[k], bytes);
+          copy_bytes(to + (block.n * area + k) * bytes, block.x[k], bytes, past);
       });
+      fence();
     });
     return {out, empty({0}, ScalarType::Float), empty({0}, ScalarType::Float)};
   }
@@ -87,11 +90,13 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_backward(
     const int64_t element = grad.element_size(), bytes = num_channels * element;
     const char* from = (const char*)grad.const_data_ptr();
     char* to = (char*)grad_x.mutable_data_ptr();
+    const bool past = past_caches(grad, grad_x);
     parallel_for(num_blocks, area * num_channels, [&](int64_t begin, int64_t end) {
       for_blocks(blocks, to, bytes, begin, end, [&](const auto& block) {
         const char* row = from + block.n * grad.stride(0) * element;
-        for (int64_t k = 0; k < area; ++k) std::memcpy(block.x[k], row + k * bytes, bytes);
+        for (int64_t k = 0; k < area; ++k) copy_bytes(block.x[k], row + k * bytes, bytes, past);
       });
+      fence();
     });
     return {grad_x, empty({0}, grad.scalar_type()), empty({0}, grad.scalar_type())};
   }

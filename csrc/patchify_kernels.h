@@ -57,31 +57,6 @@ struct Rows {
   int64_t num_frames, stride_c, stride_y;
 };
 
-inline void store_past_caches(float* out, Floats v) {
-#if defined(LEVEL_HAS_AVX512)
-  _mm512_stream_ps(out, (__m512)v);
-#elif defined(LEVEL_HAS_AVX2)
-  _mm256_stream_ps(out, (__m256)v);
-#elif defined(__SSE2__)
-  _mm_stream_ps(out, (__m128)v);
-#else
-  store(out, v);
-#endif
-}
-
-// Copy what is not read again soon: memory is written without being read first.
-inline void copy_past_caches(void* out, const void* x, int64_t bytes) {
-  constexpr int64_t step = sizeof(Floats);
-  char* to = (char*)out;
-  const char* from = (const char*)x;
-  const int64_t head = std::min<int64_t>(bytes, -(uintptr_t)out % step);
-  const int64_t middle = (bytes - head) / step * step;
-  std::memcpy(to, from, head);
-  for (int64_t i = head; i < head + middle; i += step)
-    store_past_caches((float*)(to + i), load((const float*)(from + i)));
-  std::memcpy(to + head + middle, from + head + middle, bytes - head - middle);
-}
-
 // Write the `num_cols * merge` patches of a strip, one after the other.
 template <typename pixel_t, typename scalar_t>
 inline void cut_strip(const Rows<pixel_t>& rows, const Patch& patch, int64_t num_cols,
@@ -108,11 +83,10 @@ inline void cut_strip(const Rows<pixel_t>& rows, const Patch& patch, int64_t num
           }
         });
       }
-    if (patch.past_caches) copy_past_caches(out, columns, patch.num_columns() * sizeof(scalar_t));
+    if (patch.past_caches)
+      copy_bytes(out, columns, patch.num_columns() * sizeof(scalar_t), true);
   }
-#if defined(__SSE2__)
-  _mm_sfence();  // other threads see these stores
-#endif
+  fence();
 }
 
 }  // namespace patchpack::LEVEL

@@ -1,5 +1,6 @@
 // Rows of a sequence replaced; the maths is in patchpack.reference.scatter_tokens.
 #include "integers.h"
+#include "past_caches.h"
 #include "rows.h"
 #include "sums.h"
 
@@ -7,9 +8,9 @@ namespace patchpack {
 namespace {
 
 // A row, or zeros where there is none.
-void copy_row(char* out, const char* row, int64_t num_bytes) {
+void copy_row(char* out, const char* row, int64_t num_bytes, bool past_caches) {
   if (row)
-    std::memcpy(out, row, num_bytes);
+    copy_bytes(out, row, num_bytes, past_caches);
   else
     std::memset(out, 0, num_bytes);
 }
@@ -44,14 +45,16 @@ std::tuple<Tensor, Tensor> scatter_tokens(Tensor embeds, Tensor tokens, Tensor i
   const Rows from_embeds(embeds), from_tokens(tokens), from_vectors(learned);
   char* out_data = (char*)out.mutable_data_ptr();
   const int64_t num_bytes = from_embeds.num_bytes;
+  const bool past = past_caches(embeds, out);
   parallel_for(num_rows, from_embeds.num_channels, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t source = sources[row];
       const char* from = source < 0             ? from_embeds.at(row)
                          : source < num_vectors ? from_vectors.at(source)
                                                 : from_tokens.at(source - num_vectors);
-      copy_row(out_data + row * num_bytes, from, num_bytes);
+      copy_row(out_data + row * num_bytes, from, num_bytes, past);
     }
+    fence();
   });
   return {out, sources_tensor};
 }
@@ -67,19 +70,23 @@ std::tuple<Tensor, Tensor, Tensor> scatter_tokens_backward(Tensor grad, Tensor s
 
   grad = last_contiguous(grad);
   const Rows from(grad);
+  const bool past = past_caches(grad, grad_embeds);
   char* embeds_data = (char*)grad_embeds.mutable_data_ptr();
   char* tokens_data = (char*)grad_tokens.mutable_data_ptr();
   parallel_for(num_rows, from.num_channels, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       copy_row(embeds_data + row * from.num_bytes, sources[row] < 0 ? from.at(row) : nullptr,
-               from.num_bytes);
+               from.num_bytes, past);
+    fence();
   });
   parallel_for(num_tokens, from.num_channels, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = rows[i];
       const bool won = row >= 0 && row < num_rows && sources[row] == num_vectors + i;
-      copy_row(tokens_data + i * from.num_bytes, won ? from.at(row) : nullptr, from.num_bytes);
+      copy_row(tokens_data + i * from.num_bytes, won ? from.at(row) : nullptr, from.num_bytes,
+               past);
     }
+    fence();
   });
   return {grad_embeds, grad_tokens, sum_rows(grad, sources_tensor, num_vectors)};
 }

@@ -37,15 +37,6 @@ inline Tensor last_contiguous(const Tensor& x) {
   return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// Whether rows of `out` are better written past the caches: those cannot hold `x` and `out`, which
-// then need not be read before they are written. The rows are whole cache lines.
-inline bool past_caches(const Tensor& x, const Tensor& out) {
-  constexpr int64_t kCaches = 32 << 20, kLine = 64;
-  const int64_t size = (int64_t)out.element_size(), row = out.size(out.dim() - 1) * size;
-  const bool aligned = (uintptr_t)out.const_data_ptr() % kLine == 0 && row % kLine == 0;
-  return aligned && (x.numel() + out.numel()) * size > kCaches;
-}
-
 // `body(begin, end)` over parts of `[0, count)`, on torch's own threads. `cost` is the work of one
 // item, about the number of elements it touches: little work stays on one thread.
 template <typename Body>

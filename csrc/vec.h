@@ -110,8 +110,7 @@ inline void store(scalar_t* out, Floats v, All = {}) {
   std::memcpy((void*)out, &bits, sizeof bits);
 }
 
-// Past the caches: see tensor.h. `out` is a multiple of its vector's size, and other threads see it
-// after a `fence()`.
+// Past the caches: see past_caches.h. `out` is a multiple of its vector's size.
 template <typename scalar_t>
 inline void stream(scalar_t* out, Floats v) {
   const auto bits = to_memory<scalar_t>(v);
@@ -127,12 +126,6 @@ inline void stream(scalar_t* out, Floats v) {
     _mm_stream_si128((__m128i*)out, (__m128i)bits);
 #else
   std::memcpy((void*)out, &bits, sizeof bits);
-#endif
-}
-
-inline void fence() {
-#if defined(LEVEL_HAS_AVX2)
-  _mm_sfence();
 #endif
 }
 
