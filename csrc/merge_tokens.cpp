@@ -49,11 +49,11 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(Tensor x, std::optional<Tensor> 
   const int64_t area = blocks.area(), num_channels = x.size(1);
   x = last_contiguous(x);
   const Tensor out = empty({num_blocks, area * num_channels}, x.scalar_type());
+  const bool past = past_caches(x, out);
   if (!weight && !bias) {
     const int64_t element = x.element_size(), bytes = num_channels * element;
     const char* from = (const char*)x.const_data_ptr();
     char* to = (char*)out.mutable_data_ptr();
-    const bool past = past_caches(x, out);
     parallel_for(num_blocks, area * num_channels, [&](int64_t begin, int64_t end) {
       for_blocks(blocks, from, x.stride(0) * element, begin, end, [&](const auto& block) {
         for (int64_t k = 0; k < area; ++k)
@@ -71,8 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(Tensor x, std::optional<Tensor> 
   const Tensor mean = empty({num_blocks * area / together}, ScalarType::Float);
   const Tensor rstd = empty_of(mean);
   parallel_for(num_blocks, area * num_channels, [&](int64_t begin, int64_t end) {
-    AT_LEVEL(merge_normalised(norm, eps, out.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
-                              rstd.mutable_data_ptr<float>(), begin, end));
+    AT_LEVEL(merge_normalised(norm, eps, past, out.mutable_data_ptr(),
+                              mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), begin,
+                              end));
   });
   return {out, mean, rstd};
 }

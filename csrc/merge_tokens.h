@@ -6,8 +6,8 @@ namespace patchpack::LEVEL {
 
 // One row of a LayerNorm, its tokens `x`, to `out`.
 template <typename scalar_t>
-inline void normalise(const Norm& norm, const scalar_t* const* x, double eps, scalar_t* out,
-                      float& mean, float& rstd) {
+inline void normalise(const Norm& norm, const scalar_t* const* x, double eps, bool past_caches,
+                      scalar_t* out, float& mean, float& rstd) {
   const int64_t num_channels = norm.num_channels;
   const double count = (double)(norm.together * num_channels);
   double total = 0, squares = 0, rest = 0;  // the rest is what the first sum lost to rounding
@@ -18,7 +18,6 @@ inline void normalise(const Norm& norm, const scalar_t* const* x, double eps, sc
   const float about = (float)(total / count);
   for (int64_t k = 0; k < norm.together; ++k) {
     add_sums(num_channels, [&](int64_t i, auto n, Floats* sums) {
-      __builtin_prefetch(out + k * num_channels + i, 1, 2);
       const Floats centered = first_lanes_of(load(x[k] + i, n) - about, n);
       sums[0] += centered * centered;
       sums[1] += centered;
@@ -31,7 +30,7 @@ inline void normalise(const Norm& norm, const scalar_t* const* x, double eps, sc
     scalar_t* y = out + k * num_channels;
     for_lanes_again(num_channels, [&](int64_t i, auto n) {
       const Floats z = (load(x[k] + i, n) - center) * scale;
-      store(y + i, z * load(weight + i, n) + load(bias + i, n), n);
+      store(y + i, z * load(weight + i, n) + load(bias + i, n), n, past_caches);
     });
   }
   mean = center;
@@ -39,20 +38,21 @@ inline void normalise(const Norm& norm, const scalar_t* const* x, double eps, sc
 }
 
 // Blocks `[begin, end)` of `out`.
-inline void merge_normalised(const Norm& norm, double eps, void* out, float* mean, float* rstd,
-                             int64_t begin, int64_t end) {
+inline void merge_normalised(const Norm& norm, double eps, bool past_caches, void* out, float* mean,
+                             float* rstd, int64_t begin, int64_t end) {
   with_scalar(norm.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     const int64_t area = norm.blocks.area();
     const auto body = [&](const BlockTokens<const scalar_t>& block) {
       for (int64_t k = 0; k < area; k += norm.together) {
         const int64_t place = block.n * area + k, row = place / norm.together;
-        normalise(norm, block.x + k, eps, (scalar_t*)out + place * norm.num_channels, mean[row],
-                  rstd[row]);
+        normalise(norm, block.x + k, eps, past_caches,
+                  (scalar_t*)out + place * norm.num_channels, mean[row], rstd[row]);
       }
     };
     for_blocks(norm.blocks, (const scalar_t*)norm.x, norm.stride_x, begin, end, body);
   });
+  fence();
 }
 
 // The row of a LayerNorm that begins with token `first` of a block. With z = (x - mean) rstd and

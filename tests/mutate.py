@@ -898,10 +898,17 @@ FAULTS = [
     ),
     Fault(
         "native add_pos_embed: past the caches, though rows are no cache lines",
-        "csrc/tensor.h",
+        "csrc/past_caches.h",
         "return aligned && ",
         "return ",
         "tests/test_add_pos_embed.py -k more_than_caches_hold",
+    ),
+    Fault(
+        "native scatter_tokens: bytes copied past the caches start too late",
+        "csrc/past_caches.h",
+        "int64_t i = head;",
+        "int64_t i = head + 1;",
+        "tests/test_scatter_tokens.py -k more_than_caches_hold",
     ),
     Fault(
         "native add_pos_embed: what a sum over frames loses is forgotten",

@@ -130,6 +130,33 @@ def test_what_is_not_resized_is_copied(dtype, impl):
     assert torch.equal(got.signbit(), want.signbit())
 
 
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [512, 524])  # whole cache lines in all dtypes, and not
+def test_more_than_caches_hold_has_the_bits_of_each_map(channels, dtype, cpu_capability, impl):
+    maps, side = (3 if dtype == torch.float32 else 6), 60
+    tokens = torch.randn(maps, side**2, channels).to(dtype).requires_grad_()
+    vectors = torch.randn(1, channels).to(dtype)
+
+    def parts(first):  # a map as it is, and a smaller one of it
+        whole = FeatureMap(first, (side, side), newline=0)
+        return [whole, FeatureMap(first + side**2, (side, side), target_hw=(40, 50))]
+
+    number = 2 * (maps // 2)
+    layout = TokenLayout([p for i in range(0, number, 2) for p in parts(i * side**2)])
+    y = assemble(tokens, vectors, layout, impl=impl)
+    grad = torch.randn_like(y)
+    (grad_tokens,) = torch.autograd.grad(y, tokens, grad)
+    for i in range(0, number, 2):
+        alone = tokens.detach()[i : i + 2].requires_grad_()
+        got = assemble(alone, vectors, TokenLayout(parts(0)), impl=impl)
+        rows = slice(i // 2 * len(got), (i // 2 + 1) * len(got))
+        assert torch.equal(got, y[rows])
+        (got,) = torch.autograd.grad(got, alone, grad[rows])
+        assert torch.equal(got, grad_tokens[i : i + 2])
+    assert not grad_tokens[number:].any()
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 def test_a_weight_of_zero_keeps_nan_out(impl):
     tokens = torch.randn(25, 3)

@@ -221,6 +221,28 @@ def test_without_a_norm_every_bit_is_copied_there_and_back(dtype, impl):
     assert torch.equal(back.view(bits.dtype), bits)
 
 
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [512, 524])  # whole cache lines in all dtypes, and not
+@pytest.mark.parametrize("normed", [True, False])
+def test_more_than_caches_hold_has_the_bits_of_each_map(
+    normed, channels, dtype, cpu_capability, impl
+):
+    sizes = [(1, 64, 50)] * (3 if dtype == torch.float32 else 6)
+    grid, alone = PackedGrid(sizes), PackedGrid(sizes[:1])
+    norm = {"weight": torch.randn(channels), "bias": torch.randn(channels)} if normed else {}
+    x = torch.randn(grid.num_tokens, channels).to(dtype).requires_grad_()
+    y = merge_tokens(x, grid, **norm, impl=impl)
+    grad = torch.randn_like(y)
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    for i in range(len(sizes)):
+        part = x.detach()[3200 * i :][:3200].requires_grad_()
+        got = merge_tokens(part, alone, **norm, impl=impl)
+        assert torch.equal(got, y[800 * i :][:800])
+        (got,) = torch.autograd.grad(got, part, grad[800 * i :][:800])
+        assert torch.equal(got, grad_x[3200 * i :][:3200])
+
+
 @pytest.mark.parametrize(
     ("channels", "size", "launches"), [(40, None, (1, 1)), (1280, 1, (1, 2)), (1024, 4, (1, 2))]
 )

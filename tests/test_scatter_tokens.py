@@ -54,6 +54,20 @@ def test_nothing_to_replace_is_a_copy(impl):
     assert out.data_ptr() != embeds.data_ptr()
 
 
+@pytest.mark.parametrize("impl", ["native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [512, 524])  # whole cache lines in all dtypes, and not
+def test_more_than_caches_hold_are_the_same_rows(channels, dtype, impl):
+    rows = 10000 if dtype == torch.float32 else 20000
+    embeds, index = torch.randn(rows, channels).to(dtype), torch.arange(0, rows, 2)
+    tokens, results = torch.randn(len(index), channels).to(dtype), []
+    for each in ("reference", impl):
+        inputs = [x.detach().requires_grad_() for x in (embeds, tokens)]
+        out = scatter_tokens(*inputs, index, impl=each)
+        results.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 def test_indices_that_are_wrong_touch_nothing_else(impl):
     buffer = torch.full((12, 3), 7.0)
