@@ -8,7 +8,12 @@ inline void rotate_token(const Heads& heads, int64_t head_dim, int64_t num_pairs
                          const float* cos, const float* sin) {
   const scalar_t* x = (const scalar_t*)heads.x + token * heads.stride_t;
   scalar_t* out = (scalar_t*)heads.out + token * heads.num_heads * head_dim;
+  // views of one buffer leave gaps between tokens, which stop the CPU from looking ahead
+  const bool has_gaps = heads.stride_t != heads.num_heads * head_dim;
   for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.stride_h, out += head_dim) {
+    if (has_gaps)
+      for (int64_t byte = 0; byte < head_dim * (int64_t)sizeof(scalar_t); byte += 64)
+        __builtin_prefetch((const char*)(x + 2 * heads.stride_t) + byte, 0, 2);
     for_lanes_again(num_pairs, [&](int64_t i, auto n) {
       const Floats c = load(cos + i, n), s = load(sin + i, n);
       if constexpr (kInterleaved) {

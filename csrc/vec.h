@@ -47,14 +47,6 @@ inline Uints widen(Shorts x) {
 #endif
 }
 
-inline Shorts narrow(Uints x) {
-#if defined(LEVEL_HAS_AVX512)
-  return (Shorts)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x);
-#else
-  return __builtin_convertvector(x, Shorts);
-#endif
-}
-
 inline Floats from_bfloat16(Shorts bits) { return (Floats)(widen(bits) << 16); }
 
 inline Floats load(const BFloat16* x, All = {}) {
@@ -75,11 +67,24 @@ inline Floats load(const Half* x, All = {}) {
 #endif
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// To nearest, ties to even. NaN stays NaN: arithmetic makes none whose upper half is an infinity.
 inline Shorts to_bfloat16(Floats v) {
+#if defined(LEVEL_HAS_AVX512)
+  const __m512i bits = (__m512i)v;
+  const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 is_number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const __m512i half = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7FFF),
+                                               _mm512_set1_epi32(0x8000));
+  const __m512i rounded = _mm512_mask_add_epi32(bits, is_number, bits, half);
+  const __m512i upper_halves = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7,
+                                                5, 3, 1);
+  return (Shorts)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper_halves, rounded));
+#else
   const Uints bits = (Uints)v;
   const Uints rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return narrow(v != v ? Uints{} + 0x7FC0u : rounded);
+  return __builtin_convertvector(v != v ? Uints{} + 0x7FC0u : rounded, Shorts);
+#endif
 }
 
 inline Shorts to_half(Floats v) {
