@@ -175,6 +175,20 @@ def test_native_patches_of_any_size_at_any_capability(size, cpu_capability):
                 assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("size", [1, 256])  # tails, and whole vectors
+def test_native_rounds_to_bfloat16_as_torch_does(size, cpu_capability):
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16  # every bfloat16, and NaN
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    x = (upper | lower[:, None]).view(torch.float32).view(1, 6 * 256, 256)
+    grid = PackedGrid([(6 * 256 // size, 256 // size)])
+    options = {**plain(1), "patch_size": size, "dtype": torch.bfloat16}
+    got = patchify([x], grid, **options, impl="native")
+    want = x.bfloat16().flatten() if size == 256 else x.bfloat16().view(-1, 1)
+    assert torch.equal(got.isnan(), want.view_as(got).isnan())
+    bits = got.view(torch.int16), want.view_as(got).view(torch.int16)
+    assert torch.equal(*(x.masked_fill(got.isnan(), 0) for x in bits))
+
+
 @needs_native
 def test_native_patches_past_the_caches_are_the_same():
     image = torch.randint(256, (700, 1400, 3), dtype=torch.uint8).movedim(-1, 0)
