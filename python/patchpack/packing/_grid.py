@@ -369,7 +369,8 @@ class PackedGrid:
         return grid
 
     def _set(self, **fields) -> None:
-        vars(self).update(fields)
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)  # torch 2.10 can trace no other way
 
     @property
     def num_grids(self) -> int:
