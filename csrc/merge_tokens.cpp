@@ -6,6 +6,13 @@
 namespace patchpack {
 namespace {
 
+// Blocks whose tokens, of so many bytes, are copied.
+struct Copies {
+  Blocks blocks;
+  int64_t num_bytes;
+  bool past_caches;
+};
+
 // A LayerNorm of rows of `together` tokens, all of a block or one.
 struct Norm {
   ScalarType dtype;
@@ -51,15 +58,11 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(Tensor x, std::optional<Tensor> 
   const Tensor out = empty({num_blocks, area * num_channels}, x.scalar_type());
   const bool past = past_caches(x, out);
   if (!weight && !bias) {
-    const int64_t element = x.element_size(), bytes = num_channels * element;
-    const char* from = (const char*)x.const_data_ptr();
-    char* to = (char*)out.mutable_data_ptr();
+    const int64_t element = x.element_size();
+    const Copies copies{blocks, num_channels * element, past};
     parallel_for(num_blocks, area * num_channels, [&](int64_t begin, int64_t end) {
-      for_blocks(blocks, from, x.stride(0) * element, begin, end, [&](const auto& block) {
-        for (int64_t k = 0; k < area; ++k)
-          copy_bytes(to + (block.n * area + k) * bytes, block.x[k], bytes, past);
-      });
-      fence();
+      AT_LEVEL(merge(copies, (const char*)x.const_data_ptr(), x.stride(0) * element,
+                     (char*)out.mutable_data_ptr(), begin, end));
     });
     return {out, empty({0}, ScalarType::Float), empty({0}, ScalarType::Float)};
   }
@@ -88,16 +91,11 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_backward(
   grad = last_contiguous(grad);
   const Tensor grad_x = empty({num_blocks * area, num_channels}, grad.scalar_type());
   if (!weight && !bias) {
-    const int64_t element = grad.element_size(), bytes = num_channels * element;
-    const char* from = (const char*)grad.const_data_ptr();
-    char* to = (char*)grad_x.mutable_data_ptr();
-    const bool past = past_caches(grad, grad_x);
+    const int64_t element = grad.element_size();
+    const Copies copies{blocks, num_channels * element, past_caches(grad, grad_x)};
     parallel_for(num_blocks, area * num_channels, [&](int64_t begin, int64_t end) {
-      for_blocks(blocks, to, bytes, begin, end, [&](const auto& block) {
-        const char* row = from + block.n * grad.stride(0) * element;
-        for (int64_t k = 0; k < area; ++k) copy_bytes(block.x[k], row + k * bytes, bytes, past);
-      });
-      fence();
+      AT_LEVEL(split(copies, (const char*)grad.const_data_ptr(), grad.stride(0) * element,
+                     (char*)grad_x.mutable_data_ptr(), begin, end));
     });
     return {grad_x, empty({0}, grad.scalar_type()), empty({0}, grad.scalar_type())};
   }

@@ -4,6 +4,28 @@
 
 namespace patchpack::LEVEL {
 
+// Blocks `[begin, end)` of `out`, as they are.
+inline void merge(const Copies& c, const char* x, int64_t stride, char* out, int64_t begin,
+                  int64_t end) {
+  for_blocks(c.blocks, x, stride, begin, end, [&](const BlockTokens<const char>& block) {
+    char* to = out + block.n * c.blocks.area() * c.num_bytes;
+    for (int64_t k = 0; k < c.blocks.area(); ++k)
+      copy_bytes(to + k * c.num_bytes, block.x[k], c.num_bytes, c.past_caches);
+  });
+  fence();
+}
+
+// The other way round: rows `[begin, end)` of `grad`.
+inline void split(const Copies& c, const char* grad, int64_t stride, char* grad_x, int64_t begin,
+                  int64_t end) {
+  for_blocks(c.blocks, grad_x, c.num_bytes, begin, end, [&](const BlockTokens<char>& block) {
+    const char* from = grad + block.n * stride;
+    for (int64_t k = 0; k < c.blocks.area(); ++k)
+      copy_bytes(block.x[k], from + k * c.num_bytes, c.num_bytes, c.past_caches);
+  });
+  fence();
+}
+
 // One row of a LayerNorm, its tokens `x`, to `out`.
 template <typename scalar_t>
 inline void normalise(const Norm& norm, const scalar_t* const* x, double eps, bool past_caches,

@@ -27,23 +27,4 @@ inline void fence() {
 #endif
 }
 
-// Copies bytes, aligned or not.
-inline void copy_bytes(void* out, const void* x, int64_t bytes, bool past_caches) {
-#if defined(__SSE2__)
-  if (past_caches) {
-    constexpr int64_t kStep = sizeof(__m128i);
-    char* to = (char*)out;
-    const char* from = (const char*)x;
-    const int64_t head = std::min<int64_t>(bytes, -(uintptr_t)out % kStep);
-    std::memcpy(to, from, head);
-    int64_t i = head;
-    for (; i + kStep <= bytes; i += kStep)
-      _mm_stream_si128((__m128i*)(to + i), _mm_loadu_si128((const __m128i*)(from + i)));
-    std::memcpy(to + i, from + i, bytes - i);
-    return;
-  }
-#endif
-  std::memcpy(out, x, bytes);
-}
-
 }  // namespace patchpack

@@ -7,18 +7,23 @@
 namespace patchpack {
 namespace {
 
-// A row, or zeros where there is none.
-void copy_row(char* out, const char* row, int64_t num_bytes, bool past_caches) {
-  if (row)
-    copy_bytes(out, row, num_bytes, past_caches);
-  else
-    std::memset(out, 0, num_bytes);
-}
+// Where each row of the result, or of a gradient, comes from: -1 is its own place, 0 to V - 1 a
+// vector, V + i token i.
+struct Sources {
+  const int32_t* of;
+  int64_t num_rows, num_vectors, num_bytes;
+  bool past_caches;
+};
 
 }  // namespace
+}  // namespace patchpack
 
-// The second result says where a row comes from: -1 is its own place, 0 to V - 1 a vector, V + i
-// token i.
+#define KERNELS "scatter_tokens.h"
+#include "foreach_level.h"
+
+namespace patchpack {
+
+// The second result is that of `Sources`.
 std::tuple<Tensor, Tensor> scatter_tokens(Tensor embeds, Tensor tokens, Tensor index,
                                           std::optional<Tensor> vectors,
                                           std::optional<Tensor> vector_index) {
@@ -43,18 +48,11 @@ std::tuple<Tensor, Tensor> scatter_tokens(Tensor embeds, Tensor tokens, Tensor i
   tokens = last_contiguous(tokens);
   const Tensor learned = last_contiguous(vectors.value_or(tokens));
   const Rows from_embeds(embeds), from_tokens(tokens), from_vectors(learned);
-  char* out_data = (char*)out.mutable_data_ptr();
-  const int64_t num_bytes = from_embeds.num_bytes;
-  const bool past = past_caches(embeds, out);
+  const Sources from{sources, num_rows, num_vectors, from_embeds.num_bytes,
+                     past_caches(embeds, out)};
   parallel_for(num_rows, from_embeds.num_channels, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t source = sources[row];
-      const char* from = source < 0             ? from_embeds.at(row)
-                         : source < num_vectors ? from_vectors.at(source)
-                                                : from_tokens.at(source - num_vectors);
-      copy_row(out_data + row * num_bytes, from, num_bytes, past);
-    }
-    fence();
+    AT_LEVEL(scatter(from, from_embeds, from_tokens, from_vectors, (char*)out.mutable_data_ptr(),
+                     begin, end));
   });
   return {out, sources_tensor};
 }
@@ -70,23 +68,12 @@ std::tuple<Tensor, Tensor, Tensor> scatter_tokens_backward(Tensor grad, Tensor s
 
   grad = last_contiguous(grad);
   const Rows from(grad);
-  const bool past = past_caches(grad, grad_embeds);
-  char* embeds_data = (char*)grad_embeds.mutable_data_ptr();
-  char* tokens_data = (char*)grad_tokens.mutable_data_ptr();
+  const Sources to{sources, num_rows, num_vectors, from.num_bytes, past_caches(grad, grad_embeds)};
   parallel_for(num_rows, from.num_channels, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      copy_row(embeds_data + row * from.num_bytes, sources[row] < 0 ? from.at(row) : nullptr,
-               from.num_bytes, past);
-    fence();
+    AT_LEVEL(embeds_backward(to, from, (char*)grad_embeds.mutable_data_ptr(), begin, end));
   });
   parallel_for(num_tokens, from.num_channels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = rows[i];
-      const bool won = row >= 0 && row < num_rows && sources[row] == num_vectors + i;
-      copy_row(tokens_data + i * from.num_bytes, won ? from.at(row) : nullptr, from.num_bytes,
-               past);
-    }
-    fence();
+    AT_LEVEL(tokens_backward(to, from, rows, (char*)grad_tokens.mutable_data_ptr(), begin, end));
   });
   return {grad_embeds, grad_tokens, sum_rows(grad, sources_tensor, num_vectors)};
 }

@@ -142,6 +142,21 @@ inline void store(scalar_t* out, Floats v, All, bool past_caches) {
     store(out, v);
 }
 
+// Copies bytes, aligned or not.
+inline void copy_bytes(void* out, const void* x, int64_t bytes, bool past_caches) {
+  if (!past_caches) {
+    std::memcpy(out, x, bytes);
+    return;
+  }
+  constexpr int64_t kStep = sizeof(Floats);
+  char* to = (char*)out;
+  const char* from = (const char*)x;
+  int64_t i = std::min<int64_t>(bytes, -(uintptr_t)out % kStep);
+  std::memcpy(to, from, i);
+  for (; i + kStep <= bytes; i += kStep) stream((float*)(to + i), load((const float*)(from + i)));
+  std::memcpy(to + i, from + i, bytes - i);
+}
+
 // the first n lanes
 
 #if defined(LEVEL_HAS_AVX512)

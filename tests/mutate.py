@@ -905,9 +905,9 @@ FAULTS = [
     ),
     Fault(
         "native scatter_tokens: bytes copied past the caches start too late",
-        "csrc/past_caches.h",
-        "int64_t i = head;",
-        "int64_t i = head + 1;",
+        "csrc/vec.h",
+        "std::memcpy(to, from, i);",
+        "std::memcpy(to, from, i++);",
         "tests/test_scatter_tokens.py -k more_than_caches_hold",
     ),
     Fault(

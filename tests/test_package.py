@@ -150,6 +150,7 @@ def test_an_op_has_all_its_parts(op):
         f"tests/test_{op}.py",
         f"bench/bench_{op}.py",
         f"csrc/{op}.cpp",
+        f"csrc/{op}.h",
     ]
     assert not NATIVE or patchpack.available(op, "native") is None
     missing = [part for part in parts if not (ROOT / part).is_file()]
