@@ -41,7 +41,7 @@ sanitize: $(env)
 	$(bin)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib \
-	$(bin)/pytest -n auto --maxprocesses 8 \
+	$(bin)/pytest -n auto --maxprocesses 8 --dist worksteal \
 	-k "native and not (native_vit or opcheck or compiled or meta_and_fake or lesser and int64)"
 
 # one wheel on several versions of torch: gigabytes, and minutes for each

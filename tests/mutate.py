@@ -1017,7 +1017,9 @@ def build(folder: Path) -> None:
     """The C++ of a copy, quickly."""
     env = {**os.environ, "PATCHPACK_NATIVE": "1", "CXXFLAGS": "-O1"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the C++ does not compile:\n{done.stdout}\n{done.stderr}")
 
 
 def run(folder: Path, tests: str) -> tuple[bool, str]:
