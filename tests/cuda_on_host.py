@@ -9,7 +9,7 @@ import sys
 import torch
 from torch.nn.functional import pad
 
-from patchpack import _dispatch
+from patchpack import PackedGrid, _dispatch
 from patchpack.testing.contract import CHECKS, Subject, differentiate, subjects
 
 
@@ -23,7 +23,24 @@ def check_unaligned(subject: Subject) -> None:
             assert torch.equal(x, want[name]), name
 
 
+def check_turns(subject: Subject) -> None:
+    """In a large batch a thread turns several heads, one after the other."""
+    rows, cols = 300, 350
+    q, k = (torch.randn(rows * cols, heads, 8) for heads in (3, 2))
+    options = {
+        "rope_2d": {"grid": PackedGrid([(rows, cols)])},
+        "mrope": {
+            "position_ids": torch.arange(rows * cols).expand(3, -1),
+            "mrope_section": (2, 1, 1),
+        },
+    }[subject.op]
+    inputs = {"q": q, "k": k, **options}
+    for x, want in zip(subject(inputs), subject.spec.reference(**inputs), strict=True):
+        torch.testing.assert_close(x, want)
+
+
 HERE = {"unaligned inputs": check_unaligned}
+ROTARY = ("rope_2d", "mrope")
 
 
 def main(op: str, library: str, *checks: str) -> int:
@@ -31,6 +48,8 @@ def main(op: str, library: str, *checks: str) -> int:
     _dispatch.RUNS_ON["cuda"] = ("cpu", "meta")
     _dispatch._UNAVAILABLE[op]["cuda"] = None
     failures = 0
+    if op in ROTARY:
+        check_turns(subjects(op, "accuracy", "cuda")[0])
     for check in checks:
         for subject in subjects(op, "accuracy" if check in HERE else check, "cuda"):
             try:
