@@ -39,6 +39,7 @@ inline void assemble(const Layout& layout, const Rows& tokens, const Rows& vecto
       begin += stop - left;
     }
   });
+  fence();
 }
 
 // The gradient of tokens `[begin, end)`, a row of a tile at a time, from all that read them.
@@ -93,6 +94,7 @@ inline void assemble_backward(const Layout& layout, const Rows& grad, char* out,
       clear(stop);
     }
   });
+  fence();
 }
 
 }  // namespace patchpack::LEVEL

@@ -46,6 +46,7 @@ inline void resize(const Resize& r, float* scales, int64_t begin, int64_t end) {
       resize_row(p.rows, p.row, p.cols, p.begin, p.end, source_at, out_at, done);
     });
   });
+  fence();
 }
 
 // Maxima, and where in the frame each of them was. The first one wins, and NaN wins over numbers.

@@ -82,7 +82,6 @@ class RowResizer {
   // Columns that nothing is summed for get zeros, or are left out.
   RowResizer(int64_t num_channels, bool skip_empty, bool past_caches = false)
       : num_channels_(num_channels), skip_empty_(skip_empty), past_caches_(past_caches) {}
-  ~RowResizer() { fence(); }
 
   // Columns `[begin, end)` of a row. The map's cells are at `source_at(row, col)`, a column goes to
   // `out_at(col)`, and then `done(col)` is called.

@@ -36,7 +36,7 @@ inline Floats load(const float* x, All = {}) {
   return v;
 }
 
-// GCC splits these conversions of vectors in two, hence the intrinsics
+// GCC splits this conversion of vectors in two, hence the intrinsics
 inline Uints widen(Shorts x) {
 #if defined(LEVEL_HAS_AVX512)
   return (Uints)_mm512_cvtepu16_epi32((__m256i)x);

@@ -57,7 +57,7 @@ def test_nothing_to_replace_is_a_copy(impl):
 @pytest.mark.parametrize("impl", ["native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [512, 524])  # whole cache lines in all dtypes, and not
-def test_more_than_caches_hold_are_the_same_rows(channels, dtype, impl):
+def test_more_than_caches_hold_are_the_same_rows(channels, dtype, cpu_capability, impl):
     rows = 10000 if dtype == torch.float32 else 20000
     embeds, index = torch.randn(rows, channels).to(dtype), torch.arange(0, rows, 2)
     tokens, results = torch.randn(len(index), channels).to(dtype), []

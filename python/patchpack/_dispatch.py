@@ -108,9 +108,8 @@ def resolve(op: str, impl: str | None, *, wide: bool = False, **first: Tensor) -
     device = x.device.type
     if impl is None:
         choices = _DEFAULTS.get(device, ("reference",))
-        if device == "cpu" and (
-            wide or x.dtype == torch.float64
-        ):  # which is for checks of gradients
+        wide = wide or x.dtype == torch.float64  # which is for checks of gradients
+        if device == "cpu" and wide:
             choices = ("reference",)
         usable = [choice for choice in choices if not _UNAVAILABLE[op][choice]]
         impl = (usable or choices)[0]
