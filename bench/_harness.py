@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +53,7 @@ REFERENCE_ROUNDS = 2  # at least: it is there to be right
 
 @dataclass(frozen=True)
 class Floor:
-    """How many times as fast as ``peer`` the ``provider`` has to be in a case.
+    """How many times as fast as ``peer`` the ``provider`` has to be in a case, on a CPU.
 
     ``peer`` is another provider or what bounds the op; ``direction`` is as in ``Case.params``.
     """
@@ -70,16 +70,17 @@ class Floor:
 class Bench:
     """What a bench file says of its op.
 
-    ``shapes`` maps a name to keyword arguments of ``make_inputs(dtype, device, **shape)``, which
-    gives those of the op; ``tiny`` is one more, to try the file out. ``bytes_moved`` and ``flops``
-    count the least work of the forward pass, or with ``backward=True`` of both passes. ``bound``
-    names what limits the op, ``"copy"`` or ``"matmul"``. ``peers`` are other ways to compute it,
-    beside ``_providers`` or in their place: functions that take the inputs and prepare a function
-    of the op's keyword arguments. Where ``op`` is not of the catalogue they are all there are, and
-    the first is what the others have to compute. ``backward`` says whether there is a backward
-    pass, ``dtypes`` which dtypes there are if those of the command line do not apply, and
-    ``floors`` how fast it has to be. ``threads`` is how many work on what a data loader does, on
-    CPUs alone. ``max_relative_rms`` is how far providers may differ, if not as rounding does.
+    ``shapes`` maps a name to keyword arguments of ``make_inputs(dtype, device, **shape)``,
+    which gives those of the op; ``large`` are more of them, for GPUs alone, and ``tiny`` is one
+    to try the file out. ``bytes_moved`` and ``flops`` count the least work of the forward pass,
+    or with ``backward=True`` of both passes. ``bound`` names what limits the op, ``"copy"`` or
+    ``"matmul"``. ``peers`` are other ways to compute it, beside ``_providers`` or in their
+    place: functions that take the inputs and prepare a function of the op's keyword arguments.
+    Where ``op`` is not of the catalogue they are all there are, and the first is what the
+    others have to compute. ``backward`` says whether there is a backward pass, ``dtypes`` which
+    dtypes there are if those of the command line do not apply, and ``floors`` how fast it has
+    to be. ``threads`` is how many work on what a data loader does, on CPUs alone.
+    ``max_relative_rms`` is how far providers may differ, if not as rounding does.
     """
 
     op: str
@@ -90,6 +91,7 @@ class Bench:
     flops: Callable[[Inputs, bool], int]
     bound: str
     peers: dict[str, MakeProvider]
+    large: dict[str, Inputs] = field(default_factory=dict)
     backward: bool = True
     dtypes: tuple[str, ...] = ()
     floors: tuple[Floor, ...] = ()
@@ -147,8 +149,8 @@ def photo(height: int, width: int, device: str) -> Tensor:
     return (wave + noise).to(torch.uint8).permute(2, 0, 1)
 
 
-def run_case(case: Case, quick: bool) -> dict[str, list[dict]]:
-    """Time every provider of a case, and what bounds it.
+def run_case(case: Case, quick: bool, without: Sequence[str] = ()) -> dict[str, list[dict]]:
+    """Time the providers of a case, those ``without`` left out, and what bounds it.
 
     Returns:
         ``benchmarks``: results in pytest-benchmark's layout; ``skipped``: the providers that were
@@ -159,11 +161,11 @@ def run_case(case: Case, quick: bool) -> dict[str, list[dict]]:
     """
     torch.manual_seed(0)
     bench = case.bench
-    shape = bench.tiny if quick else bench.shapes[case.shape]
+    shape = bench.tiny if quick else (bench.shapes | bench.large)[case.shape]
     inputs = bench.make_inputs(case.dtype, case.device, **shape)
     clock = _clock(case.device)
     with threads(bench.threads):
-        steps, skipped = _steps(case, inputs, quick)
+        steps, skipped = _steps(case, inputs, _providers(case, quick, without))
         clocks: dict[str, Callable[[], float]] = {
             name: functools.partial(clock, step) for name, step in steps.items()
         }
@@ -186,7 +188,9 @@ def threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _steps(case: Case, inputs: Inputs, quick: bool) -> tuple[dict[str, Step], list[dict]]:
+def _steps(
+    case: Case, inputs: Inputs, providers: dict[str, MakeProvider]
+) -> tuple[dict[str, Step], list[dict]]:
     """What is timed of each provider, and those that cannot run, with reasons."""
     cotangents: list[Tensor] = []
     if case.backward:
@@ -196,7 +200,7 @@ def _steps(case: Case, inputs: Inputs, quick: bool) -> tuple[dict[str, Step], li
     steps: dict[str, Step] = {}
     skipped = []
     want = None
-    for name, make in _providers(case, quick).items():
+    for name, make in providers.items():
         try:
             step = _step(make(inputs), case, inputs, cotangents)
             got = step()
@@ -213,7 +217,7 @@ def _steps(case: Case, inputs: Inputs, quick: bool) -> tuple[dict[str, Step], li
     return steps, skipped
 
 
-def _providers(case: Case, quick: bool) -> dict[str, MakeProvider]:
+def _providers(case: Case, quick: bool, without: Sequence[str]) -> dict[str, MakeProvider]:
     bench = case.bench
     providers = dict(bench.peers)
     if bench.op in SPECS:
@@ -229,25 +233,29 @@ def _providers(case: Case, quick: bool) -> dict[str, MakeProvider]:
             "reference": lambda inputs: reference,
             "reference, compiled": compiled,
             "triton": functools.partial(_ours, case, "triton"),
+            "cuda": functools.partial(_ours, case, "cuda"),
             "native": functools.partial(_ours, case, "native"),
             **providers,
         }
-    if quick:
-        slow = [name for name in providers if name.endswith(", compiled")]
-        providers |= dict.fromkeys(slow, _not_quick)
-    return providers
+    slow = [name for name in providers if quick and name.endswith(", compiled")]
+    providers |= dict.fromkeys(slow, _unavailable("compiling takes longer than --quick may"))
+    left_out = [name for name in providers if name in without]
+    return providers | dict.fromkeys(left_out, _unavailable("it was left out with --without"))
 
 
-def _not_quick(inputs: Inputs) -> Provider:
-    raise UnavailableError("compiling takes longer than --quick may")
+def _unavailable(reason: str) -> MakeProvider:
+    def make(inputs: Inputs) -> Provider:
+        raise UnavailableError(reason)
+
+    return make
 
 
 def _ours(case: Case, impl: str, inputs: Inputs) -> Provider:
     op = case.bench.op
     if impl == "triton" and case.device == "cpu":
         raise UnavailableError("on a CPU it runs in Triton's interpreter, which is never timed")
-    if impl == "native" and case.device != "cpu":
-        raise UnavailableError("it runs on CPU tensors")
+    if (impl == "native") != (case.device == "cpu"):
+        raise UnavailableError(f"it does not run on {case.device} tensors")
     if reason := patchpack.available(op, impl):
         raise UnavailableError(reason)
     _check_accuracy(Subject(op, next(iter(SPECS[op].cases)), case.dtype, impl, case.device))
@@ -378,7 +386,7 @@ def _floors(case: Case, results: Sequence[dict]) -> list[dict]:
     medians = {result["name"]: result["stats"]["median"] for result in results}
     params = case.params
     rows = []
-    for floor in case.bench.floors:
+    for floor in case.bench.floors if case.device == "cpu" else ():
         if (floor.shape, floor.dtype, floor.direction) != tuple(params.values())[1:]:
             continue
         ours, theirs = medians.get(floor.provider), medians.get(floor.peer)

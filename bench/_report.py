@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 # what is shown the same way for every op
-OURS = dict.fromkeys(("native", "triton", "patchpack"), "black") | {"reference": "silver"}
+OURS = dict.fromkeys(("native", "triton", "patchpack"), "black")
+OURS |= {"cuda": "dimgray", "reference": "silver"}
 CASE = ("op", "shape", "dtype", "direction")
 
 

@@ -33,6 +33,14 @@ BENCH = Bench(
             "base": 5e6,
         },
     },
+    large={
+        "Qwen2-VL-7B, T65536": {
+            "num_tokens": 65536,
+            "num_heads": (28, 4),
+            "head_dim": 128,
+            "mrope_section": (16, 24, 24),
+        },
+    },
     tiny={"num_tokens": 6, "num_heads": (2, 1), "head_dim": 32, "mrope_section": (4, 6, 6)},
     make_inputs=_make_inputs,
     bytes_moved=bytes_moved,

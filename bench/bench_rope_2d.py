@@ -37,6 +37,14 @@ BENCH = Bench(
             "interleaved": True,
         },
     },
+    large={
+        "Qwen2-VL, 128 images, T65536": {
+            "sizes": SIZES * 8,
+            "num_heads": 16,
+            "head_dim": 80,
+            "merge": 2,
+        },
+    },
     tiny={"sizes": [(4, 6), (2, 2)], "num_heads": 2, "head_dim": 32, "merge": 2},
     make_inputs=_make_inputs,
     bytes_moved=bytes_moved,

@@ -162,6 +162,21 @@ BENCH = Bench(
             "causal": True,
         },
     },
+    large={
+        "Qwen2-VL, 8 images 64x64": {"lengths": [4096] * 8, **VISION},
+        "Qwen2.5-VL, 2048 windows of 64": {"lengths": [64] * 2048, **VISION},
+        "InternVL, 64 tiles 32x32": {
+            "lengths": [1025] * 64,
+            "num_heads": (16, 16),
+            "head_dim": 64,
+        },
+        "Qwen2-VL-7B text, causal, 4 x 8192": {
+            "lengths": [8192] * 4,
+            "num_heads": (28, 4),
+            "head_dim": 128,
+            "causal": True,
+        },
+    },
     tiny={"lengths": [5, 9, 2], "num_heads": (4, 2), "head_dim": 16},
     make_inputs=_make_inputs,
     bytes_moved=_bytes_moved,

@@ -32,11 +32,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="float32 and bfloat16")
     parser.add_argument("--quick", action="store_true", help="one round of one tiny shape")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="PROVIDER", help="leave out a provider"
+    )
     parser.add_argument("--check", action="store_true", help="fail if a floor is missed")
     parser.add_argument("--out", type=Path, help="bench/results, and with --quick build/bench")
     args = parser.parse_args()
     out = args.out or (HERE.parent / "build/bench" if args.quick else HERE / "results")
 
+    on_gpu = args.device == "cuda"
     console = Console()
     console.width = max(console.width, 110)
     info = machine(args.device)
@@ -44,9 +48,9 @@ def main() -> None:
     cases = [
         Case(bench, shape, getattr(torch, dtype), backward, args.device)
         for bench in map(bench_of, args.op or OPS)
-        if not bench.threads or args.device == "cpu"
+        if not (bench.threads and on_gpu)
         for shape, dtype, backward in itertools.product(
-            ["tiny"] if args.quick else bench.shapes,
+            ["tiny"] if args.quick else bench.shapes | (bench.large if on_gpu else {}),
             bench.dtypes or args.dtype or DTYPES[:2],
             (False, True) if bench.backward else (False,),
         )
@@ -54,7 +58,7 @@ def main() -> None:
     path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
     reasons, floors = {}, []
     for case in track(cases, "timing", console=console):
-        found = run_case(case, args.quick)
+        found = run_case(case, args.quick, args.without)
         show(found["benchmarks"], console)
         merge(path, found)
         reasons |= {f"{s['op']}: no {s['provider']}: {s['reason']}": None for s in found["skipped"]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -476,17 +477,26 @@ class _Unreadable:
             yield
 
 
+@contextlib.contextmanager
+def no_sync() -> Iterator[None]:
+    """Within this context, it is an error if the host waits for the CUDA device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it does not see all of them
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def check_no_sync(subject: Subject) -> None:
     """Neither the checks nor the launches nor the backward pass read a value of a device tensor."""
     inputs = subject.inputs()
     _run_backward(subject, inputs)  # tables that do not depend on the batch are copied once
     if subject.device == "cuda":
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             _run_backward(subject, inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
         return
 
     guard = _Unreadable()
