@@ -123,12 +123,17 @@ class CudaExtension(Extension):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, self.sources))
-        libraries = [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
-        if (self.torch / "lib/libtorch_cuda.so").exists():
-            libraries.append("-ltorch_cuda")
+        libraries = ["-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
+        folders = [f"-L{self.torch / 'lib'}", f"-L{folder}"]
+        name = "libtorch_cuda.so"
+        if not (self.torch / "lib" / name).exists():
+            # where it is loaded torch has that library, and its symbols are found if it is named
+            (empty := folder / "empty.cu").touch()
+            stub = ["-shared", f"-Xlinker=-soname={name}", "-cudart=none"]
+            self.run(*stub, str(empty), "-o", str(folder / name))
         # its own runtime is not that of torch, which may be of another release: keep them apart
         own = ["-cudart=static", "-Xlinker=--exclude-libs,ALL"]
-        self.run("-shared", *own, *objects, *libraries, "-o", str(path))
+        self.run("-shared", *own, *objects, *folders, *libraries, "-o", str(path))
 
 
 class BuildExtension(build_ext):

@@ -40,7 +40,9 @@ def show(results: list[dict], console: Console) -> None:
     """Print the results of a case."""
     table = Table(title=results[0]["group"], title_justify="left", min_width=88)
     table.add_column("provider")
-    for heading in ("median ms", "quartiles", "GB/s", "GFLOP/s", "of limit"):
+    on_gpu = "host_s" in results[0]["extra_info"]
+    headings = ("median ms", "quartiles", "GB/s", "GFLOP/s", "of limit", "host ms")
+    for heading in headings if on_gpu else headings[:-1]:
         table.add_column(heading, justify="right")
     for result in results:
         stats, info = result["stats"], result["extra_info"]
@@ -51,6 +53,7 @@ def show(results: list[dict], console: Console) -> None:
             f"{info['gb_per_s']:.1f}",
             f"{info['gflop_per_s']:.1f}",
             f"{info['of_limit']:.0%} of {info['limit']}",
+            *([_milliseconds(info["host_s"])] if "host_s" in info else []),
         )
     console.print(table)
 

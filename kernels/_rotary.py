@@ -5,9 +5,9 @@ with a frequency wraps around exactly where the angle does, and no range reducti
 and cosine are as accurate at position 4 million as at 4.
 """
 
+from collections.abc import Sequence
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from functools import lru_cache
 
 import torch
 import triton
@@ -19,9 +19,8 @@ from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_u
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
 
-@lru_cache(maxsize=64)
 def frequency_table(
-    pairs: tuple[tuple[int, Fraction], ...], base: float, device: torch.device
+    pairs: Sequence[tuple[int, Fraction]], base: float, device: torch.device
 ) -> Tensor:
     """Axis and frequency of each pair as int32 ``[3, R]``: axis, high word, low word.
 

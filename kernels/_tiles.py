@@ -117,10 +117,15 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def architecture() -> int | None:
+    """Of the NVIDIA GPU that kernels are compiled for, such as 90, or None."""
+    target = current_target()
+    return None if target is None or target.backend != "cuda" else target.arch
+
+
 def compiler_options() -> dict[str, Any]:
     """What every launch asks of the compiler of its device."""
-    target = current_target()
-    if target is None or target.backend != "cuda":
+    if architecture() is None:
         return {"enable_fp_fusion": True}
     # all registers a thread may have: left alone, ptxas spills some to fit one more block
     return {"enable_fp_fusion": True, "maxnreg": 255}

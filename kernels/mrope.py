@@ -1,7 +1,9 @@
 """Triton kernel of ``patchpack.ops.mrope``; the maths is in ``patchpack.reference.mrope``."""
 
 from fractions import Fraction
+from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,14 +76,19 @@ def _rotate_multimodal_kernel(
     )  # fmt: skip
 
 
-def _pairs(sections: list[int], interleaved: bool) -> tuple[tuple[int, Fraction], ...]:
+def _pairs(sections: tuple[int, ...], interleaved: bool) -> list[tuple[int, Fraction]]:
     """Axis and exponent of each pair."""
     num_pairs = sum(sections)
     if interleaved:
         axes = [j % 3 if j < 3 * sections[j % 3] else 0 for j in range(num_pairs)]
     else:
         axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
-    return tuple((axis, Fraction(j, num_pairs)) for j, axis in enumerate(axes))
+    return [(axis, Fraction(j, num_pairs)) for j, axis in enumerate(axes)]
+
+
+@lru_cache(maxsize=64)
+def _table(sections: tuple[int, ...], interleaved: bool, base: float, device: torch.device):
+    return frequency_table(_pairs(sections, interleaved), base, device)
 
 
 def rotate(
@@ -94,7 +101,7 @@ def rotate(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     positions = position_ids[-3:]
-    table = frequency_table(_pairs(mrope_section, mrope_interleaved), base, q.device)
+    table = _table(tuple(mrope_section), mrope_interleaved, base, q.device)
     return launch(
         _rotate_multimodal_kernel,
         q,

@@ -1,7 +1,9 @@
 """Triton kernel of ``patchpack.ops.rope_2d``; the maths is in ``patchpack.reference.rope_2d``."""
 
 from fractions import Fraction
+from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,13 +77,18 @@ def _rotate_2d_kernel(
     )  # fmt: skip
 
 
-def _pairs(num_pairs: int, axes: str) -> tuple[tuple[int, Fraction], ...]:
+def _pairs(num_pairs: int, axes: str) -> list[tuple[int, Fraction]]:
     """Axis (0 is the row, 1 the column) and exponent of each pair."""
     even = [Fraction(2 * i, num_pairs) for i in range(num_pairs // 2)]
     if axes == "paired":
-        return tuple(pair for exponent in even for pair in ((1, exponent), (0, exponent)))
+        return [pair for exponent in even for pair in ((1, exponent), (0, exponent))]
     shift = Fraction(1, num_pairs) if axes == "even_odd" else 0
-    return tuple([(0, e) for e in even] + [(1, e + shift) for e in even])
+    return [(0, e) for e in even] + [(1, e + shift) for e in even]
+
+
+@lru_cache(maxsize=64)
+def _table(num_pairs: int, axes: str, base: float, device: torch.device) -> Tensor:
+    return frequency_table(_pairs(num_pairs, axes), base, device)
 
 
 def rotate(
@@ -96,7 +103,7 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     num_pairs = q.shape[-1] // 2
     num_grids = geometry.shape[0] - 1
-    table = frequency_table(_pairs(num_pairs, axes), base, q.device)
+    table = _table(num_pairs, axes, base, q.device)
     return launch(
         _rotate_2d_kernel,
         q,

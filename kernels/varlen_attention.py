@@ -11,12 +11,14 @@ powers of two: no product is spent on the padding of 80 to 128. With ``D1 == 0``
 stands for nothing, and the compiler removes it.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit
+from patchpack.kernels._tiles import architecture, compiler_options, last_contiguous, stride_unit
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -492,33 +494,34 @@ def _attend_bwd_dkv_kernel(
     bounds = _tile_bounds(
         first_k - shift, last_k - shift, len_q, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_Q
     )
+    # full tiles apart are faster, but where they are few or heads share keys take registers.
+    # Rows past the last need no mask of p: they are loaded as zeros, and grad_s is 0 there too
+    ONE_LOOP: tl.constexpr = HAS_LEFT or HAS_RIGHT or GROUP > 1
     for in_group in range(GROUP):
         head_q = head_k * GROUP + in_group
         of_q_ptr = _head_of(q_ptr, begin_q, stride_q_t, head_q, stride_q_h, STRIDE_UNIT)
         of_grad_out_ptr = _head_of(grad_out_ptr, begin_q, stride_out_t, head_q, HEAD_DIM, 1)
-        of_lse_ptr = lse_ptr + head_q * num_q_tokens + begin_q
-        of_delta_ptr = delta_ptr + head_q * num_q_tokens + begin_q
-        of_norm_ptr = norm_ptr + head_q * num_q_tokens + begin_q
-        for part in tl.static_range(0 if HAS_RIGHT else 1, 3):
-            for first_q in range(bounds[part], bounds[part + 1], BLOCK_Q):
+        row = head_q * num_q_tokens + begin_q
+        for part in tl.static_range(2 if ONE_LOOP else 1, 3):
+            for first_q in range(bounds[0 if ONE_LOOP else part], bounds[part + 1], BLOCK_Q):
                 mask_q = offs_q < (BLOCK_Q if part == 1 else len_q - first_q)
                 q_ptrs = _rows_from(of_q_ptr, first_q, stride_q_t, STRIDE_UNIT, BLOCK_Q)
                 grad_out_ptrs = _rows_from(of_grad_out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
                 q = _load(q_ptrs, mask_q, HEAD_DIM, D0, D1)
                 grad_out = _load(grad_out_ptrs, mask_q, HEAD_DIM, D0, D1)
-                lse = tl.load(of_lse_ptr + first_q + offs_q, mask=mask_q, other=0.0) * _LOG2_E
-                delta = tl.load(of_delta_ptr + first_q + offs_q, mask=mask_q, other=0.0)
+                lse = tl.load(lse_ptr + row + first_q + offs_q, mask=mask_q, other=0.0) * _LOG2_E
+                delta = tl.load(delta_ptr + row + first_q + offs_q, mask=mask_q, other=0.0)
 
                 # transposed, keys by queries
                 if COMPENSATED:  # with the bits that the other pass made up for
                     s = tl.trans(_scores(q, k, D1, PRECISION))
                     grad_p = tl.trans(_scores(grad_out, v, D1, PRECISION))
-                    norm = tl.load(of_norm_ptr + first_q + offs_q, mask=mask_q, other=0.0)
+                    norm = tl.load(norm_ptr + row + first_q + offs_q, mask=mask_q, other=0.0)
                     p = tl.exp2(s * scale - lse[None, :]) * norm[None, :]
                 else:
                     grad_p = _scores(v, grad_out, D1, PRECISION)
                     p = tl.exp2(_scores(k, q, D1, PRECISION) * scale - lse[None, :])
-                if part != 1:
+                if HAS_LEFT or HAS_RIGHT:
                     visible = _visible(
                         (offs_k - shift)[:, None], (first_q + offs_q)[None, :], len_q, right, left,
                         HAS_RIGHT, HAS_LEFT,
@@ -544,11 +547,23 @@ def _pieces(head_dim: int) -> tuple[int, int]:
 
 
 # BLOCK_Q, BLOCK_K, warps and stages of each pass, by the largest head size they are for: tiles that
-# spill no registers on sm_80, sm_90 and sm_100, whatever the window
+# spill no registers on sm_80, sm_90 and sm_100, whatever the window. They do not depend on lengths,
+# on which the bits of a segment would then depend
 _TILES = {
     "fwd": {64: (64, 32, 4, 2), 80: (64, 64, 4, 2), 96: (64, 32, 4, 1), 128: (64, 64, 4, 2)},
     "dq": {80: (64, 32, 4, 2), 96: (64, 32, 4, 1), 128: (64, 32, 4, 2)},
     "dkv": {128: (16, 64, 4, 1)},
+}
+_TILES_SM_90 = {  # the fastest on an H200, all in all, over segments of 64, 620 and 4096
+    "fwd": {64: (64, 64, 4, 3), 80: (128, 64, 4, 3), 96: (64, 32, 4, 3), 128: (64, 64, 4, 3)},
+    "dq": {128: (64, 32, 4, 3)},
+    "dkv": {128: (32, 64, 4, 3)},
+    "dkv of a group": {
+        80: (32, 64, 4, 3),
+        96: (32, 128, 8, 3),
+        112: (16, 64, 4, 3),
+        128: (32, 128, 8, 3),
+    },
 }
 _TILES_FLOAT32 = {
     "fwd": {128: (32, 32, 8, 1)},
@@ -557,13 +572,19 @@ _TILES_FLOAT32 = {
 }
 
 
-def _tiles(pass_name: str, q: Tensor) -> dict[str, int]:
+@lru_cache
+def _tiles(
+    pass_name: str, head_dim: int, group: int, dtype: torch.dtype, architecture: int | None
+) -> dict[str, int]:
     """Pieces of a head, tile sizes, warps and stages of a pass."""
-    head_dim, float32 = q.shape[2], q.dtype == torch.float32
+    float32 = dtype == torch.float32
     pieces = _pieces(head_dim)
     if pieces == (128, 0) and (float32 or pass_name == "dkv"):
         pieces = 64, 64  # what is held of a head at once is half as much
-    tiles = (_TILES_FLOAT32 if float32 else _TILES)[pass_name]
+    passes = _TILES_FLOAT32 if float32 else _TILES_SM_90 if architecture == 90 else _TILES
+    tiles = passes[pass_name]
+    if group > 1:  # query heads share keys
+        tiles = passes.get(f"{pass_name} of a group", tiles)
     names = ("D0", "D1", "BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
     largest = min(size for size in tiles if size >= head_dim)
     return dict(zip(names, (*pieces, *tiles[largest]), strict=True))
@@ -606,7 +627,8 @@ def attend(
     if num_q_tokens == 0:
         return out, lse
     strides, constants = _arguments(q, k, v, left, right)
-    tiles = _tiles("fwd", q)
+    kind = q.shape[2], q.shape[1] // k.shape[1], q.dtype, architecture()
+    tiles = _tiles("fwd", *kind)
     _attend_fwd_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
         q,
         k,
@@ -654,10 +676,11 @@ def attend_bwd(
     compensated = q.dtype == torch.float32
     norm = torch.empty_like(lse) if compensated else delta
     strides, constants = _arguments(q, k, v, left, right)
+    kind = q.shape[2], q.shape[1] // k.shape[1], q.dtype, architecture()
     scalars = (softmax_scale, left, right)
     steps = num_segments.bit_length()
     if num_q_tokens:
-        tiles = _tiles("dq", q)
+        tiles = _tiles("dq", *kind)
         _attend_bwd_dq_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_q_heads)](
             grad_out,
             lse if grad_lse is None else grad_lse.contiguous(),
@@ -683,7 +706,7 @@ def attend_bwd(
             **tiles,
         )
     if num_k_tokens:
-        tiles = _tiles("dkv", q)
+        tiles = _tiles("dkv", *kind)
         _attend_bwd_dkv_kernel[(num_k_tokens // tiles["BLOCK_K"] + num_segments + 1, num_k_heads)](
             grad_out,
             q,
