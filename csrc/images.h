@@ -49,6 +49,9 @@ struct Patch {
   int64_t num_runs() const { return interleaved ? 1 : channels; }
   int64_t run() const { return interleaved ? size * channels : size; }
   int64_t num_columns() const { return channels * temporal * size * size; }
+  void* row_of(void* out, int64_t token) const {
+    return (char*)out + token * num_columns() * (dtype == ScalarType::Float ? 4 : 2);
+  }
 };
 
 inline Patch patch_of(ScalarType pixel, ScalarType dtype, int64_t size, int64_t temporal,

@@ -33,6 +33,7 @@ inline void patchify_pixels(const std::vector<Pixels>& images, const Geometry& g
                             const Patch& patch, void* out, int64_t begin, int64_t end) {
   std::vector<pixel_t> gathered;
   std::vector<const pixel_t*> frames(patch.temporal);
+  Cutter<pixel_t> cutter(patch);
   for_strips(geometry, patch, begin, end, [&](const Strip& strip) {
     const Pixels& image = images[strip.grid];
     const int64_t cols = geometry.width(strip.grid), height = patch.size * patch.merge;
@@ -56,10 +57,10 @@ inline void patchify_pixels(const std::vector<Pixels>& images, const Geometry& g
         gather_row(x + y * image.stride_y, image, patch, cols * patch.size,
                    &gathered[(f * height + y) * pitch]);
     }
-    with_scalar(patch.dtype, [&](auto scalar) {
-      cut_strip(rows, patch, cols, (decltype(scalar)*)out + strip.token * patch.num_columns());
-    });
+    cutter.start(rows, cols, patch.row_of(out, strip.token));
+    cutter.finish();
   });
+  fence();
 }
 
 inline void patchify(const std::vector<Pixels>& images, const Geometry& geometry,

@@ -57,36 +57,68 @@ struct Rows {
   int64_t num_frames, stride_c, stride_y;
 };
 
-// Write the `num_cols * merge` patches of a strip, one after the other.
-template <typename pixel_t, typename scalar_t>
-inline void cut_strip(const Rows<pixel_t>& rows, const Patch& patch, int64_t num_cols,
-                      scalar_t* out) {
-  const int64_t size = patch.size, merge = patch.merge, run = patch.run();
-  std::vector<scalar_t> buffer(patch.past_caches ? patch.num_columns() : 0);
-  for (int64_t token = 0; token < num_cols * merge; ++token, out += patch.num_columns()) {
-    scalar_t* columns = patch.past_caches ? buffer.data() : out;
-    const Cell cell = token_to_cell(token, num_cols, merge);
-    const int64_t corner = cell.row * size * rows.stride_y + cell.col * run;
-    for (int64_t channel = 0; channel < patch.num_runs(); ++channel)
-      for (int64_t frame = 0; frame < rows.num_frames; ++frame) {
-        const pixel_t* x = rows.frames[frame] + corner + channel * rows.stride_c;
-        scalar_t* first = columns + (channel * patch.temporal + frame) * size * run;
-        const int64_t copies = frame + 1 < rows.num_frames ? 1 : patch.temporal - frame;
+// Cuts a strip, patch by patch.
+template <typename pixel_t>
+class Cutter {
+ public:
+  explicit Cutter(const Patch& patch)
+      : patch_(patch), buffer_(patch.past_caches ? patch.num_columns() : 0) {}
+
+  // The next strip, of `num_cols * merge` patches from `out` on.
+  void start(const Rows<pixel_t>& rows, int64_t num_cols, void* out) {
+    rows_ = rows;
+    num_cols_ = num_cols;
+    out_ = out;
+    token_ = 0;
+  }
+
+  // One more patch, if one is left.
+  void cut() {
+    if (is_cut()) return;
+    with_scalar(patch_.dtype, [&](auto scalar) { cut_to((decltype(scalar)*)out_); });
+    ++token_;
+  }
+
+  void finish() {
+    while (!is_cut()) cut();
+  }
+
+ private:
+  bool is_cut() const { return token_ == num_cols_ * patch_.merge; }
+
+  template <typename scalar_t>
+  void cut_to(scalar_t* out) {
+    const int64_t size = patch_.size, run = patch_.run();
+    scalar_t* columns = patch_.past_caches ? (scalar_t*)buffer_.data() : out;
+    const Cell cell = token_to_cell(token_, num_cols_, patch_.merge);
+    const int64_t corner = cell.row * size * rows_.stride_y + cell.col * run;
+    for (int64_t channel = 0; channel < patch_.num_runs(); ++channel)
+      for (int64_t frame = 0; frame < rows_.num_frames; ++frame) {
+        const pixel_t* x = rows_.frames[frame] + corner + channel * rows_.stride_c;
+        scalar_t* first = columns + (channel * patch_.temporal + frame) * size * run;
+        const int64_t copies = frame + 1 < rows_.num_frames ? 1 : patch_.temporal - frame;
         for_lanes_again(run, [&](int64_t i, auto n) {
           const int64_t column = channel * run + i;
-          const Moments moments{load(&patch.mean[column], n), load(&patch.std[column], n),
-                                load(&patch.inverse_std[column], n)};
+          const Moments moments{load(&patch_.mean[column], n), load(&patch_.std[column], n),
+                                load(&patch_.inverse_std[column], n)};
           for (int64_t y = 0; y < size; ++y) {
-            const Floats value = normalise(pixel_t{}, load(x + y * rows.stride_y + i, n), moments);
+            const Floats value =
+                normalise(pixel_t{}, load(x + y * rows_.stride_y + i, n), moments);
             for (int64_t copy = 0; copy < copies; ++copy)
               store(first + (copy * size + y) * run + i, value, n);
           }
         });
       }
-    if (patch.past_caches)
-      copy_bytes(out, columns, patch.num_columns() * sizeof(scalar_t), true);
+    if (patch_.past_caches)
+      copy_bytes(out, columns, patch_.num_columns() * sizeof(scalar_t), true);
+    out_ = out + patch_.num_columns();
   }
-  fence();
-}
+
+  const Patch& patch_;
+  Rows<pixel_t> rows_{};
+  int64_t num_cols_ = 0, token_ = 0;
+  void* out_ = nullptr;  // where the next patch goes
+  std::vector<float> buffer_;  // a patch on its way past the caches
+};
 
 }  // namespace patchpack::LEVEL

@@ -18,7 +18,7 @@ inline void resize_images(const std::vector<Resize>& resizes, uint8_t* out, int6
       if (i == std::max(begin, first) || top == 0)
         resizer.start(r, frame, std::min(height, top + (end - i) * kStripRows));
       uint8_t* rows = at_least(strip, kStripRows * r.pitch());
-      resizer.rows(top, bottom, rows);
+      resizer.rows(top, bottom, rows, [] {});
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t y = top; y < bottom; ++y)
           std::memcpy(out + ((frame * channels + c) * height + y) * width,

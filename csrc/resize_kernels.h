@@ -54,6 +54,8 @@ constexpr int kParts = 3, kPartBits = 8, kTapsAtOnce = 4;
 constexpr int kParts = 2, kPartBits = 12, kTapsAtOnce = 2;
 #endif
 
+constexpr int32_t kHalf = 1 << (kWeightBits - 1);  // of a pixel's value
+
 inline int64_t num_steps(int64_t num_taps) { return (num_taps + kTapsAtOnce - 1) / kTapsAtOnce; }
 
 // `[num_out, num_steps, kParts]`, the lowest part first.
@@ -100,7 +102,7 @@ struct Sum {
   Ints rounded() const {
     Ints total = parts[kParts - 1];
     for (int part = kParts - 2; part >= 0; --part) total = (total << kPartBits) + parts[part];
-    return (total + (1 << (kWeightBits - 1))) >> kWeightBits;
+    return (total + kHalf) >> kWeightBits;
   }
 };
 
@@ -110,67 +112,131 @@ inline Bytes load_bytes(const uint8_t* x) {
   return bytes;
 }
 
-// The sums over taps of `kBytes` bytes that lie `stride` apart. A few more are read, and times zero.
-inline Bytes weighted_sum(const Axis& axis, int64_t output, const uint8_t* x, int64_t stride) {
-  const int64_t steps = num_steps(axis.count[output]);
-  const uint32_t* weights = &axis.split[output * num_steps(axis.num_taps) * kParts];
-  Sum s0{}, s1{}, s2{}, s3{};
-  for (int64_t step = 0; step < steps; ++step, x += kTapsAtOnce * stride, weights += kParts) {
+// The pixels of `kTapsAtOnce` taps side by side, each of their `kBytes` bytes, in four vectors.
+struct Taps {
+  Bytes pixels[4];
+
+  Taps(const uint8_t* x, int64_t stride) {
     const Bytes a = load_bytes(x), b = load_bytes(x + stride);
     const Bytes lo = lower(a, b), hi = upper(a, b);
 #if defined(LEVEL_HAS_VNNI)
     const Bytes c = load_bytes(x + 2 * stride), d = load_bytes(x + 3 * stride);
     const Words lo_next = (Words)lower(c, d), hi_next = (Words)upper(c, d);
-    s0.add((Bytes)lower((Words)lo, lo_next), weights);
-    s1.add((Bytes)upper((Words)lo, lo_next), weights);
-    s2.add((Bytes)lower((Words)hi, hi_next), weights);
-    s3.add((Bytes)upper((Words)hi, hi_next), weights);
+    pixels[0] = (Bytes)lower((Words)lo, lo_next);
+    pixels[1] = (Bytes)upper((Words)lo, lo_next);
+    pixels[2] = (Bytes)lower((Words)hi, hi_next);
+    pixels[3] = (Bytes)upper((Words)hi, hi_next);
 #else
-    s0.add(lower(lo, Bytes{}), weights);
-    s1.add(upper(lo, Bytes{}), weights);
-    s2.add(lower(hi, Bytes{}), weights);
-    s3.add(upper(hi, Bytes{}), weights);
+    pixels[0] = lower(lo, Bytes{});
+    pixels[1] = upper(lo, Bytes{});
+    pixels[2] = lower(hi, Bytes{});
+    pixels[3] = upper(hi, Bytes{});
 #endif
   }
-  return to_bytes(s0.rounded(), s1.rounded(), s2.rounded(), s3.rounded());
+};
+
+// Few steps, of which all pixels are at hand: the sum with a higher part of the weights is shifted to
+// be what that with a lower part begins with.
+template <int steps>
+inline Bytes weighted_sum(const uint32_t* weights, const uint8_t* x, int64_t stride) {
+  const Taps taps[] = {{x, stride}, {x + (steps - 1) * kTapsAtOnce * stride, stride}};
+  Ints sums[4];
+  for (int i = 0; i < 4; ++i) {
+    sums[i] = Ints{} + (kHalf >> ((kParts - 1) * kPartBits));
+    for (int part = kParts - 1; part >= 0; --part) {
+      if (part + 1 < kParts) sums[i] <<= kPartBits;
+      for (int step = 0; step < steps; ++step)
+        sums[i] = add_products(sums[i], taps[step].pixels[i],
+                               Uints{} + weights[step * kParts + part]);
+    }
+    sums[i] >>= kWeightBits;
+  }
+  return to_bytes(sums[0], sums[1], sums[2], sums[3]);
+}
+
+// The sums over taps of `kBytes` bytes that lie `stride` apart. A few more are read, and times zero.
+inline Bytes weighted_sum(const Axis& axis, int64_t output, const uint8_t* x, int64_t stride) {
+  const int64_t steps = num_steps(axis.count[output]);
+  const uint32_t* weights = &axis.split[output * num_steps(axis.num_taps) * kParts];
+  if (steps == 1) return weighted_sum<1>(weights, x, stride);
+  if (steps == 2) return weighted_sum<2>(weights, x, stride);
+  Sum sums[4] = {};
+  for (int64_t step = 0; step < steps; ++step, x += kTapsAtOnce * stride, weights += kParts) {
+    const Taps taps(x, stride);
+    for (int i = 0; i < 4; ++i) sums[i].add(taps.pixels[i], weights);
+  }
+  return to_bytes(sums[0].rounded(), sums[1].rounded(), sums[2].rounded(), sums[3].rounded());
 }
 
 typedef uint8_t Lane __attribute__((vector_size(16)));
+constexpr int kLanes16 = kBytes / 16;  // lanes of 16 bytes in a vector
 
-// 16 x 16 bytes: row `i` of `x`, which has `rows` of them, becomes column `i` of `out`.
-inline void transpose(const uint8_t* x, int64_t stride, int64_t rows, uint8_t* out,
-                      int64_t stride_out, int64_t rows_out) {
-  typedef uint16_t Lane16 __attribute__((vector_size(16)));
-  typedef uint32_t Lane32 __attribute__((vector_size(16)));
-  typedef uint64_t Lane64 __attribute__((vector_size(16)));
-  Lane a[16], b[16];
-  const int64_t last = std::min<int64_t>(rows, 16) - 1;
-  if (last == 15)
-    for (int64_t i = 0; i < 16; ++i) std::memcpy(&a[i], x + i * stride, sizeof(Lane));
-  else
-    for (int64_t i = 0; i < 16; ++i) std::memcpy(&a[i], x + std::min(i, last) * stride, sizeof(Lane));
+inline Bytes of_lanes(const uint8_t* const (&x)[kLanes16]) {
+  Lane lanes[kLanes16];
+  for (int i = 0; i < kLanes16; ++i) std::memcpy(&lanes[i], x[i], sizeof(Lane));
+#if defined(LEVEL_HAS_AVX512)
+  __m512i v = _mm512_castsi128_si512((__m128i)lanes[0]);
+  v = _mm512_inserti32x4(v, (__m128i)lanes[1], 1);
+  v = _mm512_inserti32x4(v, (__m128i)lanes[2], 2);
+  return (Bytes)_mm512_inserti32x4(v, (__m128i)lanes[3], 3);
+#elif defined(LEVEL_HAS_AVX2)
+  return (Bytes)_mm256_setr_m128i((__m128i)lanes[0], (__m128i)lanes[1]);
+#else
+  return lanes[0];
+#endif
+}
+
+// In each lane, byte `j` of vector `i` becomes byte `i` of vector `j`.
+inline void transpose(Bytes (&a)[16]) {
+  typedef uint16_t Pairs __attribute__((vector_size(4 * LEVEL_LANES)));
+  typedef uint32_t Fours __attribute__((vector_size(4 * LEVEL_LANES)));
+  typedef uint64_t Eights __attribute__((vector_size(4 * LEVEL_LANES)));
+  Bytes b[16];
   for (int i = 0; i < 8; ++i) {
     b[2 * i] = lower(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = upper(a[2 * i], a[2 * i + 1]);
   }
   for (int i = 0; i < 16; i += 4)
     for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = (Lane)lower((Lane16)b[i + j], (Lane16)b[i + 2 + j]);
-      a[i + 2 * j + 1] = (Lane)upper((Lane16)b[i + j], (Lane16)b[i + 2 + j]);
+      a[i + 2 * j] = (Bytes)lower((Pairs)b[i + j], (Pairs)b[i + 2 + j]);
+      a[i + 2 * j + 1] = (Bytes)upper((Pairs)b[i + j], (Pairs)b[i + 2 + j]);
     }
   for (int i = 0; i < 16; i += 8)
     for (int j = 0; j < 4; ++j) {
-      b[i + 2 * j] = (Lane)lower((Lane32)a[i + j], (Lane32)a[i + 4 + j]);
-      b[i + 2 * j + 1] = (Lane)upper((Lane32)a[i + j], (Lane32)a[i + 4 + j]);
+      b[i + 2 * j] = (Bytes)lower((Fours)a[i + j], (Fours)a[i + 4 + j]);
+      b[i + 2 * j + 1] = (Bytes)upper((Fours)a[i + j], (Fours)a[i + 4 + j]);
     }
   for (int j = 0; j < 8; ++j) {
-    a[2 * j] = (Lane)lower((Lane64)b[j], (Lane64)b[8 + j]);
-    a[2 * j + 1] = (Lane)upper((Lane64)b[j], (Lane64)b[8 + j]);
+    a[2 * j] = (Bytes)lower((Eights)b[j], (Eights)b[8 + j]);
+    a[2 * j + 1] = (Bytes)upper((Eights)b[j], (Eights)b[8 + j]);
   }
-  if (rows_out >= 16)
-    for (int64_t i = 0; i < 16; ++i) std::memcpy(out + i * stride_out, &a[i], sizeof(Lane));
-  else
-    for (int64_t i = 0; i < rows_out; ++i) std::memcpy(out + i * stride_out, &a[i], sizeof(Lane));
+}
+
+// 16 bytes of each of `kBytes` rows, the last of `rows` for those that lack, to 16 columns.
+inline void to_columns(const uint8_t* x, int64_t stride, int64_t rows, uint8_t* out) {
+  Bytes a[16];
+  for (int i = 0; i < 16; ++i) {
+    const uint8_t* of_lane[kLanes16];
+    for (int lane = 0; lane < kLanes16; ++lane)
+      of_lane[lane] = x + std::min<int64_t>(16 * lane + i, rows - 1) * stride;
+    a[i] = of_lanes(of_lane);
+  }
+  transpose(a);
+  std::memcpy(out, a, sizeof a);
+}
+
+// 16 columns of `kBytes` rows to the first `rows` of these.
+inline void to_rows(const uint8_t* x, uint8_t* out, int64_t stride, int64_t rows) {
+  Bytes a[16];
+  std::memcpy(a, x, sizeof a);
+  transpose(a);
+  for (int i = 0; i < 16; ++i) {
+    Lane lanes[kLanes16];
+    std::memcpy(lanes, &a[i], sizeof lanes);
+    for (int lane = 0; lane < kLanes16; ++lane)
+      if (const int row = 16 * lane + i; row < rows)
+        std::memcpy(out + row * stride, &lanes[lane], sizeof(Lane));
+  }
 }
 
 // Rows of pixels: `x + y * stride_y + i * stride_x + c * stride_c`.
@@ -204,22 +270,23 @@ class Resizer {
       halfway_.stride_y = image.channels * padded(image.width);
   }
 
-  // Write rows `[begin, end)`, `pitch` bytes apart.
-  void rows(int64_t begin, int64_t end, uint8_t* out) {
+  // Write rows `[begin, end)`, `pitch` bytes apart, and call `meanwhile()` again and again.
+  template <typename Meanwhile>
+  void rows(int64_t begin, int64_t end, uint8_t* out, const Meanwhile& meanwhile) {
     const Axis& axis = resize_->rows;
     const int64_t pitch = resize_->pitch();
     if (!resize_->height_first) {
-      for (int64_t y = begin; y < end; ++y, out += pitch) sum_rows(axis, y, out);
+      for (int64_t y = begin; y < end; ++y, out += pitch) sum_rows(axis, y, out, meanwhile);
       return;
     }
     for (int64_t y = begin; y < end; y += kBytes) {
       const int64_t count = std::min<int64_t>(kBytes, end - y);
       uint8_t* block = at_least(block_, (count + 1) * halfway_.stride_y);
       for (int64_t i = 0; i < count; ++i)
-        sum_rows(axis, y + i, block + i * halfway_.stride_y);
+        sum_rows(axis, y + i, block + i * halfway_.stride_y, meanwhile);
       PixelRows rows = halfway_;
       rows.x = block;
-      resize_width(rows, count, out + (y - begin) * pitch);
+      resize_width(rows, count, out + (y - begin) * pitch, meanwhile);
     }
   }
 
@@ -227,7 +294,8 @@ class Resizer {
   static int64_t padded(int64_t size) { return (size + kBytes - 1) / kBytes * kBytes; }
 
   // Row `y` of what comes out, or halfway, from rows that are made as they are needed.
-  void sum_rows(const Axis& axis, int64_t y, uint8_t* out) {
+  template <typename Meanwhile>
+  void sum_rows(const Axis& axis, int64_t y, uint8_t* out, const Meanwhile& meanwhile) {
     const int64_t stride = halfway_.stride_y, first = axis.first[y];
     uint8_t* window = at_least(window_, (2 * axis.num_taps + kTapsAtOnce + kBytes) * stride);
     const int64_t need = std::min(axis.num_in, first + axis.num_taps);
@@ -243,7 +311,7 @@ class Resizer {
         if (resize_->height_first)
           copy_rows(rows, count, window + (end_ - begin_) * stride);
         else
-          resize_width(rows, count, window + (end_ - begin_) * stride);
+          resize_width(rows, count, window + (end_ - begin_) * stride, meanwhile);
         end_ += count;
       }
     }
@@ -251,6 +319,7 @@ class Resizer {
     for (int64_t i = 0; i < stride; i += kBytes) {
       const Bytes bytes = weighted_sum(axis, y, x + i, stride);
       std::memcpy(out + i, &bytes, sizeof bytes);
+      if (i / kBytes % kSumsBetween == 0) meanwhile();
     }
   }
 
@@ -270,7 +339,9 @@ class Resizer {
   }
 
   // `count` rows, at most a block of them, resized in their width.
-  void resize_width(const PixelRows& rows, int64_t count, uint8_t* out) {
+  template <typename Meanwhile>
+  void resize_width(const PixelRows& rows, int64_t count, uint8_t* out,
+                    const Meanwhile& meanwhile) {
     const Axis& axis = resize_->cols;
     const int64_t channels = resize_->image.channels, pitch = resize_->pitch();
     for (int64_t begin = 0; begin < axis.num_out; begin += kTile) {
@@ -288,13 +359,13 @@ class Resizer {
                              c * columns.stride_c;
           const Bytes bytes = weighted_sum(axis, o, x, columns.stride_x);
           std::memcpy(sums + column * kBytes, &bytes, sizeof bytes);
+          if (o % kSumsBetween == 0) meanwhile();
         }
       for (int64_t j = 0; j < width * channels; j += 16) {
         const int64_t to = resize_->interleaved
                                ? begin * channels + j
                                : j / width * resize_->stride_c() + begin + j % width;
-        for (int64_t y = 0; y < count; y += 16)
-          transpose(sums + j * kBytes + y, kBytes, 16, out + y * pitch + to, pitch, count - y);
+        to_rows(sums + j * kBytes, out + to, pitch, count);
       }
     }
   }
@@ -324,15 +395,15 @@ class Resizer {
     for (int64_t plane = 0; plane < planes; ++plane)
       for (int64_t j = 0; j < width; j += 16) {
         const int64_t from = std::min(j, width - 16);
-        for (int64_t y = 0; y < count; y += 16)
-          transpose(rows.x + plane * rows.stride_c + y * rows.stride_y + from, rows.stride_y,
-                    count - y, columns + (plane * width + from) * kBytes + y, kBytes, 16);
+        to_columns(rows.x + plane * rows.stride_c + from, rows.stride_y, count,
+                   columns + (plane * width + from) * kBytes);
       }
     if (planes == 1) return {columns, 1, channels * kBytes, kBytes};
     return {columns, 1, kBytes, width * kBytes};
   }
 
   static constexpr int64_t kTile = 32;  // outputs whose columns stay in the first cache
+  static constexpr int64_t kSumsBetween = 8;
 
   const Resize* resize_;
   PixelRows source_, halfway_;

@@ -526,6 +526,13 @@ FAULTS = [
         "tests/test_varlen_attention.py -k sees_one_key",
     ),
     Fault(
+        "varlen_attention: the one loop over a window's queries begins at those in full view",
+        "kernels/varlen_attention.py",
+        "bounds[0 if ONE_LOOP else part]",
+        "bounds[part]",
+        "tests/test_contract.py -k interpreter_and_varlen",
+    ),
+    Fault(
         "varlen_attention: rows past the end see each other",
         "kernels/varlen_attention.py",
         "_rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)",
@@ -934,15 +941,29 @@ FAULTS = [
     Fault(
         "native patchify: a last frame that stands alone is not repeated",
         "csrc/patchify_kernels.h",
-        "? 1 : patch.temporal - frame",
+        "? 1 : patch_.temporal - frame",
         "? 1 : 1",
         native("patchify", "fully_written"),
     ),
     Fault(
-        "native resize_images: cut off instead of rounded",
+        "native resize_images: of many taps, cut off instead of rounded",
         "csrc/resize_kernels.h",
-        "(total + (1 << (kWeightBits - 1))) >> kWeightBits",
+        "(total + kHalf) >> kWeightBits",
         "total >> kWeightBits",
+        "tests/test_resize_images.py -k bytes_of_pillow",
+    ),
+    Fault(
+        "native resize_images: of few taps, cut off instead of rounded",
+        "csrc/resize_kernels.h",
+        "Ints{} + (kHalf >> ((kParts - 1) * kPartBits))",
+        "Ints{}",
+        "tests/test_resize_images.py -k bytes_of_pillow",
+    ),
+    Fault(
+        "native resize_images: a block of fewer rows reads on",
+        "csrc/resize_kernels.h",
+        "if (const int row = 16 * lane + i; row < rows)",
+        "const int row = 16 * lane + i;",
         "tests/test_resize_images.py -k bytes_of_pillow",
     ),
     Fault(
@@ -950,6 +971,20 @@ FAULTS = [
         "csrc/resize_patchify.h",
         "top = strip.row * height",
         "top = 0",
+        "tests/test_patchify.py -k native_resampling",
+    ),
+    Fault(
+        "native resize_patchify: a strip is overwritten while it is cut",
+        "csrc/resize_patchify.h",
+        "half = patch.temporal - half;",
+        "",
+        "tests/test_patchify.py -k native_resampling",
+    ),
+    Fault(
+        "native resize_patchify: the last strip is not cut",
+        "csrc/resize_patchify.h",
+        "  cutter.finish();\n  fence();",
+        "  fence();",
         "tests/test_patchify.py -k native_resampling",
     ),
     Fault(
