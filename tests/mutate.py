@@ -530,7 +530,7 @@ FAULTS = [
         "kernels/varlen_attention.py",
         "bounds[0 if ONE_LOOP else part]",
         "bounds[part]",
-        "tests/test_contract.py -k interpreter_and_varlen",
+        contract("varlen_attention"),
     ),
     Fault(
         "varlen_attention: rows past the end see each other",
@@ -957,13 +957,6 @@ FAULTS = [
         "csrc/resize_kernels.h",
         "Ints{} + (kHalf >> ((kParts - 1) * kPartBits))",
         "Ints{}",
-        "tests/test_resize_images.py -k bytes_of_pillow",
-    ),
-    Fault(
-        "native resize_images: a block of fewer rows reads on",
-        "csrc/resize_kernels.h",
-        "if (const int row = 16 * lane + i; row < rows)",
-        "const int row = 16 * lane + i;",
         "tests/test_resize_images.py -k bytes_of_pillow",
     ),
     Fault(

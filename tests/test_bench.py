@@ -39,6 +39,16 @@ def _of(rows: list[dict], op: str, direction: str) -> list[dict]:
     return [row for row, p in params if (p["op"], p["direction"]) == (op, direction)]
 
 
+def test_a_provider_can_be_left_out(tmp_path):
+    options = ("--quick", "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
+    _python("run.py", "rope", *options, "--without", "transformers", "--without", "native")
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert "native" not in {b["name"] for b in results["benchmarks"]}
+    reasons = {s["provider"]: s["reason"] for s in results["skipped"]}
+    assert reasons["native"] == reasons["transformers"] == "it was left out with --without"
+
+
 @pytest.mark.parametrize("op", SPECS)
 def test_every_provider_is_timed_or_says_why_not(run, op):
     results, printed = run
