@@ -290,6 +290,16 @@ def test_verify_keeps_a_failure_though_memory_ran_out(quick, monkeypatch, capsys
         assert message == ("large: no memory" if fine else "small: AssertionError: it is wrong")
 
 
+def test_verify_takes_the_ops_that_an_implementation_has(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "CHECKS", {"strided inputs": lambda subject: None})
+    monkeypatch.setattr(
+        patchpack, "available", lambda op, impl: None if "rope" in op else "it has none"
+    )
+    assert main(["verify", "--impl", "triton", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["op"] for result in results] == ["rope", "rope_2d", "mrope"]
+
+
 def test_verify_says_why_it_cannot(monkeypatch, capsys):
     monkeypatch.setattr(patchpack, "available", lambda op, impl: "it is not here.")
     assert main(["verify", "--op", "rope", "--impl", "native"]) == 2
