@@ -6,6 +6,7 @@ and prints what ptxas made of every kernel.
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,21 @@ def test_on_the_host(op, build, tmp_path):
     command = [sys.executable, ROOT / "tests/cuda_on_host.py", op, library, *BUILDS[build]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+
+
+@pytest.mark.skipif(not (shutil.which("nvcc") and shutil.which("objdump")), reason="needs nvcc")
+def test_it_names_the_library_of_torch_that_has_cuda(tmp_path, monkeypatch):
+    """Where it is built that library may be missing, as here; unnamed, its symbols are not found."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATCHPACK_NATIVE", "0")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    extension = runpy.run_path("setup.py")["CudaExtension"](TORCH)
+    extension.sources = ["csrc/cuda/module.cpp"]
+    library = tmp_path / "library.so"
+    extension.build(library, tmp_path / "objects")
+    command = ["objdump", "--private-headers", library]
+    headers = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"NEEDED +libtorch_cuda\.so", headers)
 
 
 @pytest.mark.parametrize("target", TARGETS)
