@@ -71,7 +71,7 @@ def test_on_the_host(op, build, tmp_path):
 
 @pytest.mark.skipif(not (shutil.which("nvcc") and shutil.which("objdump")), reason="needs nvcc")
 def test_it_names_the_library_of_torch_that_has_cuda(tmp_path, monkeypatch):
-    """Where it is built that library may be missing, as here; unnamed, its symbols are not found."""
+    """Where it is built that library may be missing, as here; unnamed, it is not searched."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATCHPACK_NATIVE", "0")
     monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
