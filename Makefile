@@ -46,7 +46,7 @@ sanitize: $(env)
 
 # one wheel on several versions of torch: gigabytes, and minutes for each
 abi: $(env)
-	rm -rf build/wheel
+	rm -rf build/wheel build/lib.* 
 	PATCHPACK_NATIVE=1 $(bin)/pip wheel --no-deps --no-build-isolation -w build/wheel .
 	$(bin)/python tests/abi.py build/wheel/*.whl $(ABI)
 
