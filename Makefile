@@ -44,8 +44,8 @@ sanitize: $(env)
 	$(bin)/pytest -n auto --maxprocesses 8 --dist worksteal \
 	-k "native and not (native_vit or opcheck or compiled or meta_and_fake or lesser and int64)"
 
-# one wheel on several versions of torch: gigabytes, and minutes for each; what an earlier build left
-# in build/lib would be in the wheel
+# one wheel on several versions of torch: gigabytes, and minutes for each. What an earlier build left
+# in build/lib would be in it
 abi: $(env)
 	rm -rf build/wheel build/lib.*
 	PATCHPACK_NATIVE=1 $(bin)/pip wheel --no-deps --no-build-isolation -w build/wheel .
