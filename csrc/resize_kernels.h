@@ -403,7 +403,7 @@ class Resizer {
   }
 
   static constexpr int64_t kTile = 32;  // outputs whose columns stay in the first cache
-  static constexpr int64_t kSumsBetween = 8;
+  static constexpr int64_t kSumsBetween = 8;  // calls of `meanwhile`: sums of a vector each
 
   const Resize* resize_;
   PixelRows source_, halfway_;

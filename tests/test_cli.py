@@ -296,8 +296,11 @@ def test_verify_takes_the_ops_that_an_implementation_has(monkeypatch, capsys):
         patchpack, "available", lambda op, impl: None if "rope" in op else "it has none"
     )
     assert main(["verify", "--impl", "triton", "--json"]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
-    assert [result["op"] for result in results] == ["rope", "rope_2d", "mrope"]
+    found = json.loads(capsys.readouterr().out)
+    assert [result["op"] for result in found["results"]] == ["rope", "rope_2d", "mrope"]
+    assert found["left_out"]["assemble"] == "it has none"
+    assert main(["verify", "--impl", "triton"]) == 0
+    assert "assemble is left out: it has none" in capsys.readouterr().out
 
 
 def test_verify_says_why_it_cannot(monkeypatch, capsys):

@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("cannot verify on cuda: torch finds no CUDA device")
     asked = [args.op] if args.op else list(SPECS)
     impl = args.impl or _dispatch.resolve(asked[0], None, x=torch.empty(0, device=args.device))
-    reasons = {op: patchpack.available(op, impl) for op in asked}
-    ops = [op for op in asked if reasons[op] is None]  # few have CUDA C++
+    reasons = {op: reason for op in asked if (reason := patchpack.available(op, impl))}
+    ops = [op for op in asked if op not in reasons]  # few have CUDA C++
     if not ops:
         raise CommandError(f"cannot verify impl={impl!r} of {asked[0]}: {reasons[asked[0]]}")
 
@@ -68,13 +68,15 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json:
         verdicts = [asdict(result) for result in results]
-        print(to_json({"impl": impl, "device": args.device, "results": verdicts}))
+        found = {"impl": impl, "device": args.device, "results": verdicts, "left_out": reasons}
+        print(to_json(found))
     else:
         console = Console()
         console.print(f"{impl} on {args.device}")
         if impl == "reference":
             console.print("[yellow]--impl triton checks the kernels, on a CPU in the interpreter")
-        console.print(_table(ops, results), *_remarks(results), sep="\n")
+        left_out = [f"[dim]{op} is left out: {escape(why)}" for op, why in reasons.items()]
+        console.print(_table(ops, results), *_remarks(results), *left_out, sep="\n")
     return int(any(result.passed is False for result in results))
 
 
