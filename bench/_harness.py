@@ -37,7 +37,7 @@ from patchpack.testing.contract import Subject, check_accuracy, leaves, tensors
 # a provider that cannot run here raises while it is made or first called: that is the reason given
 Provider = Callable[..., Any]
 MakeProvider = Callable[[Inputs], Provider]
-Step = Callable[[], Sequence[Tensor]]
+Step = Callable[[], Any]
 
 # rows and columns, in patches, of sixteen images of mixed size and shape
 PHOTOS = [
@@ -175,7 +175,8 @@ def run_case(case: Case, quick: bool, without: Sequence[str] = ()) -> dict[str, 
         }
         work = bench.bytes_moved(inputs, case.backward), bench.flops(inputs, case.backward)
         clocks[bench.bound] = _limit(case, *work, clock)
-        stats = _interleave(clocks, quick)
+        with torch.set_grad_enabled(case.backward):
+            stats = _interleave(clocks, quick)
         limit_s = stats[bench.bound]["median"]
         results = [_result(case, name, s, work, limit_s) for name, s in stats.items()]
         if case.device == "cuda":
@@ -210,7 +211,8 @@ def _steps(
     for name, make in providers.items():
         try:
             step = _step(make(inputs), case, inputs, cotangents)
-            got = step()
+            with torch.set_grad_enabled(case.backward):
+                got = tensors(step())
         except WrongError:
             raise
         except Exception as error:
@@ -279,7 +281,7 @@ def _check_accuracy(subject: Subject) -> None:
 
 def _step(provider: Provider, case: Case, inputs: Inputs, cotangents: Sequence[Tensor]) -> Step:
     if not case.backward:
-        return torch.no_grad()(lambda: tensors(provider(**inputs)))
+        return functools.partial(provider, **inputs)
 
     arguments = leaves(inputs, SPECS[case.bench.op].grads)
     flat = [x for x in tensors(list(arguments.values())) if x.requires_grad]
@@ -307,13 +309,15 @@ def _limit(
 ) -> Callable[[], float]:
     """Seconds of a copy or a matrix product of as much work."""
     if case.bench.bound == "copy":
-        source = torch.ones(num_bytes // 8, device=case.device)
+        least = 2**28 if case.device == "cpu" else 0  # less would in part stay in caches
+        size = max(least, num_bytes) // 8
+        source = torch.ones(size, device=case.device)
         target = torch.ones_like(source)
-        return lambda: clock(lambda: [target.copy_(source)])
+        return lambda: clock(lambda: target.copy_(source)) * num_bytes / (8 * size)
     least = 1024 if case.device == "cpu" else 8192  # smaller products do not reach the peak
     n = max(least, math.ceil((flops / 2) ** (1 / 3) / 64) * 64)
     a, b = torch.randn(2, n, n, device=case.device).to(case.dtype)
-    return lambda: clock(lambda: [torch.mm(a, b)]) * flops / (2 * n**3)
+    return lambda: clock(lambda: torch.mm(a, b)) * flops / (2 * n**3)
 
 
 def _interleave(clocks: dict[str, Callable[[], float]], quick: bool) -> dict[str, dict[str, Any]]:

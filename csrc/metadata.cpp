@@ -12,11 +12,23 @@ struct Grid {
   int64_t num_tokens() const { return frames * rows * cols; }
 };
 
+// Grids that can be, whole in blocks.
 struct Grids : std::vector<Grid> {
   int64_t num_tokens = 0, num_frames = 0;
+
+  void add(const Grid& g) {
+    STD_TORCH_CHECK(std::min({g.frames, g.rows, g.cols, g.merge}) >= 1, "a size is below 1");
+    STD_TORCH_CHECK(g.rows % g.merge == 0 && g.cols % g.merge == 0, "blocks are not whole");
+    // counts exactly to far beyond 2**31, and does not wrap around
+    const double tokens_here = (double)g.frames * (double)g.rows * (double)g.cols;
+    STD_TORCH_CHECK((double)num_tokens + tokens_here < 2147483648.0, "2**31 tokens or more");
+    push_back(g);
+    num_tokens += g.num_tokens();
+    num_frames += g.frames;
+  }
 };
 
-// Sizes `[G, 3]` that can be, whole in blocks of `merge` tokens, or of one of `merges` each.
+// Sizes `[G, 3]`, in blocks of `merge` tokens, or of one of `merges` each.
 Grids grids_of(const Tensor& grid_thw, int64_t merge,
                const std::optional<Tensor>& merges = std::nullopt) {
   const Tensor sizes_tensor = all_contiguous(grid_thw);
@@ -24,17 +36,8 @@ Grids grids_of(const Tensor& grid_thw, int64_t merge,
   const Integers sizes(sizes_tensor), each(merges_tensor);
   Grids grids;
   grids.reserve(sizes_tensor.size(0));
-  double num_tokens = 0;  // counts exactly to far beyond 2**31, and does not wrap around
-  for (int64_t i = 0; i < sizes_tensor.size(0); ++i) {
-    const Grid g{sizes[3 * i], sizes[3 * i + 1], sizes[3 * i + 2], merges ? each[i] : merge};
-    STD_TORCH_CHECK(std::min({g.frames, g.rows, g.cols, g.merge}) >= 1, "a size is below 1");
-    STD_TORCH_CHECK(g.rows % g.merge == 0 && g.cols % g.merge == 0, "blocks are not whole");
-    num_tokens += (double)g.frames * (double)g.rows * (double)g.cols;
-    STD_TORCH_CHECK(num_tokens < 2147483648.0, "there are 2**31 tokens or more");
-    grids.push_back(g);
-    grids.num_tokens += g.num_tokens();
-    grids.num_frames += g.frames;
-  }
+  for (int64_t i = 0; i < sizes_tensor.size(0); ++i)
+    grids.add({sizes[3 * i], sizes[3 * i + 1], sizes[3 * i + 2], merges ? each[i] : merge});
   return grids;
 }
 
@@ -64,9 +67,21 @@ Tensor cu_seqlens_of(const Grids& grids, bool merge_temporal) {
 
 namespace patchpack {
 
-std::tuple<Tensor, Tensor, int64_t, int64_t> packed_grid(Tensor sizes, int64_t merge,
-                                                         bool merge_temporal) {
-  const Grids grids = grids_of(sizes, merge);
+namespace {
+
+Tensor sizes_of(const Grids& grids) {
+  const Tensor sizes = empty({(int64_t)grids.size(), 3}, ScalarType::Long);
+  int64_t* out = sizes.mutable_data_ptr<int64_t>();
+  for (const Grid& g : grids)
+    for (const int64_t size : {g.frames, g.rows, g.cols}) *out++ = size;
+  return sizes;
+}
+
+// The fields of a PackedGrid: sizes to trust and sizes to look at, geometry, segments, tokens, and
+// tokens of the longest segment.
+using Packed = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t>;
+
+Packed packed(const Grids& grids, bool merge_temporal) {
   const Tensor geometry = empty({(int64_t)grids.size() + 1, 3}, ScalarType::Long);
   int64_t* row = geometry.mutable_data_ptr<int64_t>();
   int64_t first = 0, longest = 0;
@@ -80,19 +95,35 @@ std::tuple<Tensor, Tensor, int64_t, int64_t> packed_grid(Tensor sizes, int64_t m
   *row++ = first;
   *row++ = 1;
   *row++ = 1;
-  return {geometry, cu_seqlens_of(grids, merge_temporal), grids.num_tokens, longest};
+  return {sizes_of(grids), sizes_of(grids), geometry, cu_seqlens_of(grids, merge_temporal),
+          grids.num_tokens, longest};
+}
+
+}  // namespace
+
+Packed packed_grid(Tensor sizes, int64_t merge, bool merge_temporal) {
+  return packed(grids_of(sizes, merge), merge_temporal);
+}
+
+// Rows and columns become those of `target_hw` `[2 * G]`.
+Packed resized_grid(Tensor sizes, std::vector<int64_t> target_hw, int64_t merge,
+                    bool merge_temporal) {
+  Grids resized;
+  const Grids grids = grids_of(sizes, 1);
+  STD_TORCH_CHECK(target_hw.size() == 2 * grids.size(), "a target for each grid");
+  const int64_t* target = target_hw.data();
+  for (const Grid& g : grids) {
+    resized.add({g.frames, target[0], target[1], merge});
+    target += 2;
+  }
+  return packed(resized, merge_temporal);
 }
 
 std::tuple<Tensor, int64_t> merged_grid(Tensor sizes, int64_t merge) {
-  const Grids grids = grids_of(sizes, merge);
-  const Tensor merged = empty({(int64_t)grids.size(), 3}, ScalarType::Long);
-  int64_t* out = merged.mutable_data_ptr<int64_t>();
-  for (const Grid& g : grids) {
-    *out++ = g.frames;
-    *out++ = g.rows / merge;
-    *out++ = g.cols / merge;
-  }
-  return {merged, grids.num_tokens / (merge * merge)};
+  Grids merged;
+  for (const Grid& g : grids_of(sizes, merge))
+    merged.add({g.frames, g.rows / merge, g.cols / merge, 1});
+  return {sizes_of(merged), merged.num_tokens};
 }
 
 Tensor vision_cu_seqlens(Tensor grid_thw, bool merge_temporal,
@@ -285,7 +316,11 @@ std::tuple<Tensor, Tensor> mrope_position_ids(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(patchpack, library) {
   library.def(
-      "packed_grid(Tensor sizes, int merge, bool merge_temporal) -> (Tensor, Tensor, int, int)");
+      "packed_grid(Tensor sizes, int merge, bool merge_temporal)"
+      " -> (Tensor, Tensor, Tensor, Tensor, int, int)");
+  library.def(
+      "resized_grid(Tensor sizes, int[] target_hw, int merge, bool merge_temporal)"
+      " -> (Tensor, Tensor, Tensor, Tensor, int, int)");
   library.def("merged_grid(Tensor sizes, int merge) -> (Tensor, int)");
   library.def(
       "vision_cu_seqlens(Tensor grid_thw, bool merge_temporal, int? num_segments) -> Tensor");
@@ -304,6 +339,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(patchpack, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {
   library.impl("packed_grid", TORCH_BOX(&packed_grid));
+  library.impl("resized_grid", TORCH_BOX(&resized_grid));
   library.impl("merged_grid", TORCH_BOX(&merged_grid));
   library.impl("vision_cu_seqlens", TORCH_BOX(&vision_cu_seqlens));
   library.impl("vision_position_ids", TORCH_BOX(&vision_position_ids));

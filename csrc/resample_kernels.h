@@ -35,16 +35,47 @@ struct Terms {
   }
 };
 
-// The sum of `size` channels of `count` terms. Those of `next` are brought nearer meanwhile: the
-// CPU's own prefetcher does not see them coming.
-template <typename scalar_t, typename out_t, typename Count>
-inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<scalar_t>& next,
-                      int64_t size, out_t* out, bool past_caches) {
+// The next for four terms, as bilinear maps have them, and most of the channels: returns how many.
+template <typename scalar_t>
+inline int64_t sum_four(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
+                        scalar_t* out, bool past_caches) {
+  constexpr int kStep = 2 * kLanes;
+  const scalar_t *from[4], *ahead[4];
+  Floats weights[4];
+  for (int k = 0; k < 4; ++k) {
+    from[k] = terms.sources[k];
+    ahead[k] = k < next.count() ? next.sources[k] : from[k];
+    weights[k] = splat(terms.weights[k]);
+  }
+  int64_t c = 0;
+  for (; c + kStep <= size; c += kStep) {
+    Pair acc{};
+    for (int k = 0; k < 4; ++k) {
+      for (int64_t byte = 0; byte < kStep * (int64_t)sizeof(scalar_t); byte += 64)
+        __builtin_prefetch((const char*)(ahead[k] + c) + byte, 0, 2);
+      const Pair x = load_pair(from[k] + c);
+      for (int i = 0; i < 2; ++i)
+        acc.v[i] = k == 0 ? weights[0] * x.v[i] : fma(weights[k], x.v[i], acc.v[i]);
+    }
+    store_pair(out + c, acc, past_caches);
+  }
+  return c;
+}
+
+// The sum of `size` channels of all terms. Those of `next` are brought nearer meanwhile: the CPU's
+// own prefetcher does not see them coming.
+template <typename scalar_t, typename out_t>
+inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
+                      out_t* out, bool past_caches = false) {
+  const int64_t count = terms.count();
+  if (count == 0) return for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
+  int64_t c = 0;
+  if constexpr (std::is_same_v<scalar_t, out_t>)
+    if (count == 4) c = sum_four(terms, next, size, out, past_caches);
   constexpr int kWide = 4;  // vectors at a time
   constexpr int64_t kWideBytes = kWide * kLanes * sizeof(scalar_t);
   const scalar_t* const* sources = terms.sources.data();
   const float* weights = terms.weights.data();
-  int64_t c = 0;
   for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
     for (const scalar_t* source : next.sources)
       for (int64_t byte = 0; byte < kWideBytes; byte += 64)
@@ -62,17 +93,6 @@ inline void sum_terms(const Terms<scalar_t>& terms, Count count, const Terms<sca
       acc = fma(splat(weights[k]), load(sources[k] + c + i, n), acc);
     store(out + c + i, acc, n);
   });
-}
-
-template <typename scalar_t, typename out_t>
-inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
-                      out_t* out, bool past_caches = false) {
-  if (terms.count() == 0)
-    for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
-  else if (terms.count() == 4)  // bilinear
-    sum_terms(terms, std::integral_constant<int, 4>{}, next, size, out, past_caches);
-  else
-    sum_terms(terms, terms.count(), next, size, out, past_caches);
 }
 
 // Makes parts of rows of resized maps, `num_channels` of each token.

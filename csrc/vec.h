@@ -67,23 +67,32 @@ inline Floats load(const Half* x, All = {}) {
 #endif
 }
 
-// To nearest, ties to even. NaN stays NaN: arithmetic makes none whose upper half is an infinity.
-inline Shorts to_bfloat16(Floats v) {
+// The upper halves are bfloat16: to nearest, ties to even. NaN stays NaN: arithmetic makes none
+// whose upper half is an infinity.
+inline Uints round_to_bfloat16(Floats v) {
 #if defined(LEVEL_HAS_AVX512)
   const __m512i bits = (__m512i)v;
   const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 is_number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
   const __m512i half = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7FFF),
                                                _mm512_set1_epi32(0x8000));
-  const __m512i rounded = _mm512_mask_add_epi32(bits, is_number, bits, half);
+  return (Uints)_mm512_mask_add_epi32(bits, is_number, bits, half);
+#else
+  const Uints bits = (Uints)v;
+  return v != v ? Uints{} + 0x7FC00000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
+#endif
+}
+
+inline Shorts to_bfloat16(Floats v) {
+  const Uints rounded = round_to_bfloat16(v);
+#if defined(LEVEL_HAS_AVX512)
   const __m512i upper_halves = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                                 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7,
                                                 5, 3, 1);
-  return (Shorts)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper_halves, rounded));
+  return (Shorts)_mm512_castsi512_si256(
+      _mm512_permutexvar_epi16(upper_halves, (__m512i)rounded));
 #else
-  const Uints bits = (Uints)v;
-  const Uints rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(v != v ? Uints{} + 0x7FC0u : rounded, Shorts);
+  return __builtin_convertvector(rounded >> 16, Shorts);
 #endif
 }
 
@@ -140,6 +149,34 @@ inline void store(scalar_t* out, Floats v, All, bool past_caches) {
     stream(out, v);
   else
     store(out, v);
+}
+
+// Twice kLanes elements: the first and the last of them, or of bfloat16 the even and the odd ones,
+// which are halves of the lanes of one vector.
+struct Pair {
+  Floats v[2];
+};
+
+template <typename scalar_t>
+inline Pair load_pair(const scalar_t* x) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+    Uints bits;
+    std::memcpy(&bits, x, sizeof bits);
+    return {(Floats)(bits << 16), (Floats)(bits & 0xFFFF0000u)};
+  } else {
+    return {load(x), load(x + kLanes)};
+  }
+}
+
+template <typename scalar_t>
+inline void store_pair(scalar_t* out, Pair pair, bool past_caches) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+    const Uints even = round_to_bfloat16(pair.v[0]), odd = round_to_bfloat16(pair.v[1]);
+    store((float*)out, (Floats)(even >> 16 | (odd & 0xFFFF0000u)), All{}, past_caches);
+  } else {
+    store(out, pair.v[0], All{}, past_caches);
+    store(out + kLanes, pair.v[1], All{}, past_caches);
+  }
 }
 
 // Copies bytes, aligned or not.

@@ -10,6 +10,7 @@ launcher, run on the GPU for CUDA tensors and by Triton's interpreter for CPU te
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -151,7 +152,16 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 def operator(name: str, impl: str) -> Callable:
     """The registered operator of an implementation."""
-    return getattr(getattr(torch.ops.patchpack, name), _OVERLOADS[impl])
+    op = getattr(getattr(torch.ops.patchpack, name), _OVERLOADS[impl])
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return op
+    return functools.partial(_below_autograd, op)
+
+
+def _below_autograd(op: Callable, *args: object) -> Any:
+    """What registered autograd calls where there is no gradient, without the way through Python."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def define(

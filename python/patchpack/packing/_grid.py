@@ -8,6 +8,7 @@ once a batch, and every op that depends on the sizes takes it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,9 @@ def _metadata(
 @torch.library.impl(_LIBRARY, "grid_metadata", "CPU")
 def _(grid_thw: Tensor, spatial_merge_size: int, merge_temporal: bool):
     found = _dispatch.native("packed_grid", grid_thw, spatial_merge_size, merge_temporal)
-    if found is None:
+    if found is not None:
+        _, _, *found = found
+    else:
         found = _metadata(grid_thw.numpy(), spatial_merge_size, merge_temporal)
     geometry, cu_seqlens, *numbers = found
     return geometry, cu_seqlens, *(torch.empty(n, 0, device="cpu") for n in numbers)
@@ -167,6 +170,13 @@ def _merged_sizes(grid_thw: Tensor, merge_size: int) -> tuple[Tensor, int]:
     return sizes, tokens.shape[0]
 
 
+def _keepable() -> contextlib.AbstractContextManager:
+    """Where tensors are made that a backward pass can keep."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return contextlib.nullcontext()
+
+
 def is_integer(n: object) -> bool:
     """Whether ``n`` is an integer of Python or NumPy."""
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
@@ -180,15 +190,15 @@ def _merge_size(m: int, name: str = "spatial_merge_size") -> int:
     return int(m)
 
 
-def _plain_rows(rows: list, widths: set[int]) -> np.ndarray | None:
-    """``rows`` as int64, if they are the usual: tuples or lists of one width, of small integers."""
+def _plain_numbers(rows: Sequence, widths: set[int]) -> list[int] | None:
+    """All of ``rows``, if they are the usual: tuples or lists of one width, of small integers."""
     found = {*map(len, rows)} if {*map(type, rows)} <= {tuple, list} else set()
     if len(found) != 1 or not found <= widths:
         return None
     numbers = list(itertools.chain.from_iterable(rows))
     if {*map(type, numbers)} != {int} or min(numbers) <= -(2**31) or max(numbers) >= 2**31:
         return None
-    return np.array(numbers, dtype=np.int64).reshape(len(rows), -1)
+    return numbers
 
 
 def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
@@ -196,8 +206,9 @@ def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     if not isinstance(sizes, Iterable):
         raise TypeError(f"grid_thw must be rows of integers or a tensor, got {sizes!r}")
     sizes = list(sizes)
-    plain = _plain_rows(sizes, {2, 3})
-    if plain is not None:
+    numbers = _plain_numbers(sizes, {2, 3})
+    if numbers is not None:
+        plain = np.array(numbers, dtype=np.int64).reshape(len(sizes), -1)
         return plain if plain.shape[1] == 3 else np.insert(plain, 0, 1, axis=1)
     rows = []
     for i, size in enumerate(sizes):
@@ -244,15 +255,13 @@ def _pairs_on_host(
             raise TypeError(f"target_hw must be pairs of integers or a tensor, got {target_hw!r}")
         single = len(target_hw) > 0 and is_integer(target_hw[0])
         pairs: list[Any] = [target_hw] if single else list(target_hw)
-        plain = _plain_rows(pairs, {2})
-        for pair in pairs if plain is None else ():
+        for pair in pairs:
             is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
             if not is_pair or not all(map(is_integer, pair)):
                 raise TypeError(f"target_hw must hold pairs of integers, got {pair!r}")
             if max(map(abs, pair)) >= 2**31:
                 raise ValueError(f"target_hw must be below 2**31 on every axis, got {pair}")
-        if plain is None:
-            plain = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        plain = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         target_hw = torch.from_numpy(plain[0] if single else plain)
     if target_hw.is_floating_point() or target_hw.is_complex() or target_hw.dtype == torch.bool:
         raise TypeError(f"target_hw must have an integer dtype, got {target_hw.dtype}")
@@ -319,7 +328,7 @@ class PackedGrid:
             raise TypeError(f"merge_temporal must be a bool, got {merge_temporal!r}")
         if isinstance(grid_thw, np.ndarray):
             grid_thw = torch.from_numpy(np.array(grid_thw))
-        with torch.inference_mode(False):  # or no backward pass could keep these tensors
+        with _keepable():
             if isinstance(grid_thw, Tensor):
                 device = grid_thw.device if device is None else device
                 rows, sizes = None, _on_host(grid_thw)
@@ -339,38 +348,50 @@ class PackedGrid:
         """Set all fields from ``sizes``, int64 ``[G, 3]`` on the CPU, and its ``rows`` if known."""
         arguments = sizes, spatial_merge_size, merge_temporal
         found = _dispatch.native("packed_grid", *arguments)
-        if found is None and rows is not None:
-            found = _metadata(rows, spatial_merge_size, merge_temporal)
-        elif found is None:
-            *found, tokens, longest = torch.ops.patchpack.grid_metadata(*arguments)
-            found += tokens.shape[0], longest.shape[0]
-        geometry, cu_seqlens, num_tokens, max_seqlen = found
-        device = _device(device)
+        if found is None:
+            if rows is not None:
+                found = _metadata(rows, spatial_merge_size, merge_temporal)
+            else:
+                *found, tokens, longest = torch.ops.patchpack.grid_metadata(*arguments)
+                found += tokens.shape[0], longest.shape[0]
+            found = sizes, sizes.clone(), *found
+        self._set(*found, spatial_merge_size, merge_temporal, _device(device))
+
+    def _set(
+        self,
+        sizes: Tensor,
+        grid_thw: Tensor,
+        geometry: Tensor,
+        cu_seqlens: Tensor,
+        num_tokens: int,
+        max_seqlen: int,
+        spatial_merge_size: int,
+        merge_temporal: bool,
+        device: torch.device,
+    ) -> None:
+        """Set all fields from ``sizes``, of which ``grid_thw`` is a copy to look at."""
         if device.type != "cpu":
             geometry = geometry.to(device, non_blocking=True)
             cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        self._set(
-            grid_thw=sizes.clone(),  # a copy to look at: kernels trust what they are given
-            spatial_merge_size=spatial_merge_size,
-            merge_temporal=merge_temporal,
-            device=device,
-            num_tokens=num_tokens,
-            max_seqlen=max_seqlen,
-            geometry=geometry,
-            cu_seqlens=cu_seqlens,
-            _sizes=sizes,
-            _position_ids=None,
-        )
+        for name, value in (
+            ("grid_thw", grid_thw),
+            ("spatial_merge_size", spatial_merge_size),
+            ("merge_temporal", merge_temporal),
+            ("device", device),
+            ("num_tokens", num_tokens),
+            ("max_seqlen", max_seqlen),
+            ("geometry", geometry),
+            ("cu_seqlens", cu_seqlens),
+            ("_sizes", sizes),
+            ("_position_ids", None),
+        ):
+            object.__setattr__(self, name, value)  # torch 2.10 can trace no other way
 
     def _like(self, sizes: Tensor, spatial_merge_size: int, device: torch.device) -> PackedGrid:
         """A grid of other ``sizes``, which become its own."""
         grid = object.__new__(PackedGrid)
         grid._build(sizes, None, spatial_merge_size, self.merge_temporal, device)
         return grid
-
-    def _set(self, **fields) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)  # torch 2.10 can trace no other way
 
     @property
     def num_grids(self) -> int:
@@ -387,9 +408,9 @@ class PackedGrid:
         """Row and column of every token, int64 ``[T, 2]``, in patches; built once, no sync."""
         position_ids = self._position_ids
         if position_ids is None:
-            with torch.inference_mode(False):
+            with _keepable():
                 position_ids = self._make_position_ids()
-            self._set(_position_ids=position_ids)
+            object.__setattr__(self, "_position_ids", position_ids)
         return position_ids
 
     def _make_position_ids(self) -> Tensor:
@@ -422,7 +443,7 @@ class PackedGrid:
             ValueError: Rows or columns do not divide by ``merge_size``.
         """
         m = self.spatial_merge_size if merge_size is None else _merge_size(merge_size, "merge_size")
-        with torch.inference_mode(False):
+        with _keepable():
             sizes, _ = _merged_sizes(self._sizes, m)
             return self._like(sizes, 1, self.geometry.device)
 
@@ -445,8 +466,16 @@ class PackedGrid:
         """
         m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
         m = _merge_size(m)
-        pairs = _pairs_on_host(target_hw, self.num_grids)
-        with torch.inference_mode(False):
+        numbers = _plain_numbers(target_hw, {2}) if type(target_hw) in (list, tuple) else None
+        with _keepable():
+            if numbers is not None:
+                arguments = self._sizes, numbers, m, self.merge_temporal
+                found = _dispatch.native("resized_grid", *arguments)
+                if found is not None:
+                    grid = object.__new__(PackedGrid)
+                    grid._set(*found, m, self.merge_temporal, self.geometry.device)
+                    return grid
+            pairs = _pairs_on_host(target_hw, self.num_grids)
             sizes = torch.cat([self._sizes[:, :1], pairs], dim=1)
             try:
                 return self._like(sizes, m, self.geometry.device)
@@ -459,7 +488,7 @@ class PackedGrid:
         if device == self.geometry.device:
             return self
         # built anew from what the host knows: no device is waited for
-        with torch.inference_mode(False):
+        with _keepable():
             return self._like(self._sizes, self.spatial_merge_size, device)
 
     def validate(self) -> None:
