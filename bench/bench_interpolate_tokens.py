@@ -1,4 +1,7 @@
-"""``interpolate_tokens``, as LLaVA-OneVision halves its feature maps. Memory-bound."""
+"""``interpolate_tokens``, as LLaVA-OneVision halves its feature maps. Memory-bound.
+
+What follows from the sizes alone is planned before, once a batch: our grids, the peers' indices.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,18 @@ RAGGED = [(12 + 7 * i % 29, 12 + 11 * i % 29) for i in range(32)]
 def _make_inputs(dtype, device, sizes, channels) -> Inputs:
     grid = PackedGrid(sizes, device=device)
     x = torch.randn(grid.num_tokens, channels, device=device).to(dtype)
-    return {"x": x, "grid": grid, "target_hw": [(-(-h // 2), -(-w // 2)) for *_, h, w in sizes]}
+    target = grid.resized([(-(-h // 2), -(-w // 2)) for *_, h, w in sizes])
+    return {"x": x, "grid": grid, "target_hw": target}
 
 
 def _num_results(inputs: Inputs) -> int:
-    return inputs["grid"].resized(inputs["target_hw"]).num_tokens * inputs["x"].shape[1]
+    return inputs["target_hw"].num_tokens * inputs["x"].shape[1]
+
+
+def _sizes(inputs: Inputs) -> list[list[int]]:
+    """Frames, rows and columns of each map, and rows and columns after resizing."""
+    both = torch.cat([inputs["grid"].grid_thw, inputs["target_hw"].grid_thw[:, 1:]], dim=1)
+    return both.tolist()
 
 
 def _bytes_moved(inputs: Inputs, backward: bool) -> int:
@@ -35,12 +45,12 @@ def _flops(inputs: Inputs, backward: bool) -> int:
 
 
 def _loop(inputs: Inputs, copy: bool) -> Provider:
-    sizes = inputs["grid"].grid_thw.tolist()
+    sizes = _sizes(inputs)
 
     def resize(x: Tensor, **_) -> Tensor:
         resized = []
-        images = x.split([t * h * w for t, h, w in sizes])
-        for image, (t, h, w), size in zip(images, sizes, inputs["target_hw"], strict=True):
+        images = x.split([t * h * w for t, h, w, *_ in sizes])
+        for image, (t, h, w, *size) in zip(images, sizes, strict=True):
             maps = image.view(t, h, w, -1).permute(0, 3, 1, 2)
             maps = F.interpolate(maps.contiguous() if copy else maps, size, mode="bilinear")
             resized.append(maps.permute(0, 2, 3, 1).flatten(0, 2))
@@ -52,7 +62,7 @@ def _loop(inputs: Inputs, copy: bool) -> Provider:
 def _taps(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The four neighbours of every result, ``[T', 4]``, and their weights."""
     indices, weights, first = [], [], 0
-    for (t, h, w), size in zip(inputs["grid"].grid_thw.tolist(), inputs["target_hw"], strict=True):
+    for t, h, w, *size in _sizes(inputs):
         matrices = [
             F.interpolate(torch.eye(n)[None], m, mode="linear")[0].T
             for n, m in zip((h, w), size, strict=True)

@@ -111,9 +111,7 @@ BENCH = Bench(
         PIL_BACKEND: _pil_backend,
         TORCHVISION_BACKEND: functools.partial(_torchvision_backend, channels_first=False),
         # it is faster with a photo that was transposed before
-        f"{TORCHVISION_BACKEND}, CHW": functools.partial(
-            _torchvision_backend, channels_first=True
-        ),
+        f"{TORCHVISION_BACKEND}, CHW": functools.partial(_torchvision_backend, channels_first=True),
     },
     backward=False,
     dtypes=("float32",),

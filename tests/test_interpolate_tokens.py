@@ -72,6 +72,20 @@ def test_the_gradient_is_the_adjoint(mode, options, impl):
 
 @pytest.mark.parametrize(("mode", "options"), MODES)
 @pytest.mark.parametrize("impl", KERNELS)
+def test_targets_planned_before_are_the_same(mode, options, impl):
+    grid = PackedGrid([(2, 4, 6), (8, 2)], spatial_merge_size=2)
+    sizes = [(3, 4), (5, 3)]
+    x = torch.randn(grid.num_tokens, 40)
+    want, target = interpolate_tokens(
+        x, grid, sizes, mode=mode, **options, spatial_merge_size=1, impl=impl
+    )
+    got, same = interpolate_tokens(x, grid, target, mode=mode, **options, impl=impl)
+    assert same is target
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("mode", "options"), MODES)
+@pytest.mark.parametrize("impl", KERNELS)
 def test_constants_stay(mode, options, impl):
     grid = PackedGrid([(5, 7), (1, 1)])
     x = torch.full((36, 2), 3.5)

@@ -321,6 +321,45 @@ def test_bad_targets_are_named(arguments, message):
         PackedGrid([(4, 4)]).resized(*arguments)
 
 
+@pytest.mark.parametrize("merge_temporal", [False, True])
+@pytest.mark.parametrize("make", [list, torch.tensor], ids=["list", "tensor"])
+def test_a_resized_grid_is_that_of_its_sizes(make, merge_temporal):
+    grid = PackedGrid([(2, 4, 4), (1, 4, 6)], 2, merge_temporal)
+    resized = grid.resized(make([[3, 6], [9, 3]]), spatial_merge_size=3)
+    want = PackedGrid([(2, 3, 6), (1, 9, 3)], 3, merge_temporal)
+    for name in ("grid_thw", "geometry", "cu_seqlens", "position_ids"):
+        assert torch.equal(getattr(resized, name), getattr(want, name)), name
+    for name in ("num_tokens", "max_seqlen", "spatial_merge_size", "merge_temporal", "device"):
+        assert getattr(resized, name) == getattr(want, name), name
+    resized.grid_thw.zero_()  # it is there to be looked at
+    assert torch.equal(resized.merged(3).grid_thw, want.merged(3).grid_thw)
+
+
+def test_a_target_may_be_the_grid_it_gives():
+    grid = PackedGrid([(2, 4, 4), (1, 4, 6)], spatial_merge_size=2)
+    target = grid.resized([(2, 4), (6, 2)], spatial_merge_size=1)
+    assert grid.resized(target) is target
+    assert grid.resized(target, 1) is target
+
+
+@pytest.mark.parametrize(
+    ("target", "merge", "message"),
+    [
+        (PackedGrid([(4, 4)]), None, r"the frames of grid, \[2, 1\], got \[1\]"),
+        (PackedGrid([(1, 4, 4), (2, 4, 4)]), None, r"\[2, 1\], got \[1, 2\]"),
+        (PackedGrid([(2, 4, 4), (4, 4)]), 2, r"a grid of spatial_merge_size=2, got 1"),
+        (
+            PackedGrid([(2, 4, 4), (4, 4)], device="meta"),
+            None,
+            r"the device of grid, cpu, got meta",
+        ),
+    ],
+)
+def test_a_grid_that_is_no_target_is_refused(target, merge, message):
+    with pytest.raises(ValueError, match=f"^target_hw must be .*{message}"):
+        PackedGrid([(2, 4, 4), (4, 6)]).resized(target, merge)
+
+
 def test_targets_may_be_arrays():
     grid = PackedGrid([(4, 4), (4, 6)])
     for target in (np.array([3, 5]), np.array([[3, 5], [3, 5]], dtype=np.int32)):

@@ -14,7 +14,7 @@ from patchpack.packing import PackedGrid
 def interpolate_tokens(
     x: Tensor,
     grid: PackedGrid,
-    target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]] | PackedGrid,
     *,
     mode: str = "bilinear",
     align_corners: bool = False,
@@ -32,14 +32,15 @@ def interpolate_tokens(
             copied only if the last one is strided.
         grid: Which maps the ``T`` tokens are, and in which order, on the device of ``x``.
         target_hw: Rows and columns of each resized map, in tokens: an integer tensor ``[G, 2]`` on
-            the CPU, rows of Python integers, or one pair for all.
+            the CPU, rows of Python integers, or one pair for all; or ``grid.resized`` of them,
+            which is then not built again.
         mode: ``"bilinear"``, ``"bicubic"``, ``"area"`` (mean of the input cells under an output
             cell), ``"max"`` (their maximum) or ``"nearest"``.
         align_corners: Put the corner tokens of input and output at the same place, instead of the
             corners of their cells. For ``"bilinear"`` and ``"bicubic"``.
         antialias: Widen the filter when shrinking. For ``"bilinear"`` and ``"bicubic"``.
         spatial_merge_size: Order of the resized tokens, as in ``PackedGrid``; by default that of
-            ``grid``.
+            ``grid``, or of the grid that ``target_hw`` is.
         impl: ``"triton"``, ``"cuda"``, ``"native"`` or ``"reference"``; by default that of the
             device.
 

@@ -355,21 +355,13 @@ class PackedGrid:
                 *found, tokens, longest = torch.ops.patchpack.grid_metadata(*arguments)
                 found += tokens.shape[0], longest.shape[0]
             found = sizes, sizes.clone(), *found
-        self._set(*found, spatial_merge_size, merge_temporal, _device(device))
+        self._set(found, spatial_merge_size, merge_temporal, _device(device))
 
     def _set(
-        self,
-        sizes: Tensor,
-        grid_thw: Tensor,
-        geometry: Tensor,
-        cu_seqlens: Tensor,
-        num_tokens: int,
-        max_seqlen: int,
-        spatial_merge_size: int,
-        merge_temporal: bool,
-        device: torch.device,
+        self, found: tuple, spatial_merge_size: int, merge_temporal: bool, device: torch.device
     ) -> None:
-        """Set all fields from ``sizes``, of which ``grid_thw`` is a copy to look at."""
+        """Set all fields; of the sizes there are two, for kernels to trust and to look at."""
+        sizes, grid_thw, geometry, cu_seqlens, num_tokens, max_seqlen = found
         if device.type != "cpu":
             geometry = geometry.to(device, non_blocking=True)
             cu_seqlens = cu_seqlens.to(device, non_blocking=True)
@@ -449,31 +441,34 @@ class PackedGrid:
 
     def resized(
         self,
-        target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]] | PackedGrid,
         spatial_merge_size: int | None = None,
     ) -> PackedGrid:
         """The grid after the frames of every image or clip were resized.
 
         Args:
             target_hw: New rows and columns: an integer tensor ``[G, 2]`` on the CPU, rows of Python
-                integers, or one pair for all.
-            spatial_merge_size: Order of the new tokens; by default that of this grid.
+                integers, or one pair for all; or what this method returned for them.
+            spatial_merge_size: Order of the new tokens; by default that of this grid, or of the
+                grid that ``target_hw`` is.
 
         Raises:
             TypeError: ``target_hw`` does not hold integers.
-            ValueError: ``target_hw`` has another shape, is not on the CPU, or gives a grid that
-                cannot be.
+            ValueError: ``target_hw`` has another shape, is not on the CPU, gives a grid that cannot
+                be, or is a grid of other frames, in another order or on another device.
         """
+        if isinstance(target_hw, PackedGrid):
+            return self._checked(target_hw, spatial_merge_size)
         m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
         m = _merge_size(m)
-        numbers = _plain_numbers(target_hw, {2}) if type(target_hw) in (list, tuple) else None
+        numbers = _plain_numbers(target_hw, {2}) if isinstance(target_hw, (list, tuple)) else None
         with _keepable():
             if numbers is not None:
                 arguments = self._sizes, numbers, m, self.merge_temporal
                 found = _dispatch.native("resized_grid", *arguments)
                 if found is not None:
                     grid = object.__new__(PackedGrid)
-                    grid._set(*found, m, self.merge_temporal, self.geometry.device)
+                    grid._set(found, m, self.merge_temporal, self.geometry.device)
                     return grid
             pairs = _pairs_on_host(target_hw, self.num_grids)
             sizes = torch.cat([self._sizes[:, :1], pairs], dim=1)
@@ -481,6 +476,28 @@ class PackedGrid:
                 return self._like(sizes, m, self.geometry.device)
             except ValueError as error:
                 raise ValueError(f"target_hw does not fit: {error}") from None
+
+    def _checked(self, target: PackedGrid, spatial_merge_size: int | None) -> PackedGrid:
+        """``target``, if it can be this grid after its frames were resized."""
+        m = target.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
+        if _merge_size(m) != target.spatial_merge_size:
+            raise ValueError(
+                f"target_hw must be a grid of spatial_merge_size={m},"
+                f" got {target.spatial_merge_size}"
+            )
+        if target.geometry.device != self.geometry.device:
+            raise ValueError(
+                f"target_hw must be on the device of grid, {self.geometry.device},"
+                f" got {target.geometry.device}; use target_hw.to(...)"
+            )
+        if type(target._sizes) is Tensor and not torch.compiler.is_compiling():  # there are values
+            frames, want = target._sizes.numpy()[:, 0], self._sizes.numpy()[:, 0]
+            if not np.array_equal(frames, want):
+                raise ValueError(
+                    f"target_hw must be a grid of the frames of grid, {want.tolist()},"
+                    f" got {frames.tolist()}"
+                )
+        return target
 
     def to(self, device: torch.device | str) -> PackedGrid:
         """The same grid with its device tensors on ``device``; itself if they are there."""

@@ -26,7 +26,7 @@ from patchpack.packing import PackedGrid
 def interpolate_tokens(
     x: Tensor,
     grid: PackedGrid,
-    target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    target_hw: Tensor | Sequence[int] | Sequence[Sequence[int]] | PackedGrid,
     *,
     mode: str = "bilinear",
     align_corners: bool = False,
