@@ -314,6 +314,7 @@ class PackedGrid:
     cu_seqlens: Tensor = field(init=False, repr=False)
     _sizes: Tensor = field(init=False, repr=False)
     _position_ids: Tensor | None = field(init=False, repr=False)
+    _origin: Tensor | None = field(init=False, repr=False)  # sizes of what was resized to this
 
     def __init__(
         self,
@@ -376,6 +377,7 @@ class PackedGrid:
             ("cu_seqlens", cu_seqlens),
             ("_sizes", sizes),
             ("_position_ids", None),
+            ("_origin", None),
         ):
             object.__setattr__(self, name, value)  # torch 2.10 can trace no other way
 
@@ -469,6 +471,7 @@ class PackedGrid:
                 if found is not None:
                     grid = object.__new__(PackedGrid)
                     grid._set(found, m, self.merge_temporal, self.geometry.device)
+                    object.__setattr__(grid, "_origin", self._sizes)
                     return grid
             pairs = _pairs_on_host(target_hw, self.num_grids)
             sizes = torch.cat([self._sizes[:, :1], pairs], dim=1)
@@ -490,7 +493,9 @@ class PackedGrid:
                 f"target_hw must be on the device of grid, {self.geometry.device},"
                 f" got {target.geometry.device}; use target_hw.to(...)"
             )
-        if type(target._sizes) is Tensor and not torch.compiler.is_compiling():  # there are values
+        if torch.compiler.is_compiling() or type(target._sizes) is not Tensor:
+            return target  # there are no values to compare
+        if target._origin is not self._sizes:
             frames, want = target._sizes.numpy()[:, 0], self._sizes.numpy()[:, 0]
             if not np.array_equal(frames, want):
                 raise ValueError(
