@@ -23,19 +23,23 @@ template <typename scalar_t>
 struct Terms {
   std::vector<const scalar_t*> sources;
   std::vector<float> weights;
+  int64_t count = 0;
 
-  int64_t count() const { return (int64_t)sources.size(); }
-  void clear() {
-    sources.clear();
-    weights.clear();
+  // None, and room for so many.
+  void clear(int64_t most) {
+    if (most > (int64_t)sources.size()) {
+      sources.resize(most);
+      weights.resize(most);
+    }
+    count = 0;
   }
   void add(const scalar_t* source, float weight) {
-    sources.push_back(source);
-    weights.push_back(weight);
+    sources[count] = source;
+    weights[count++] = weight;
   }
 };
 
-// The next for two rows of two columns, as bilinear maps have them, and most of the channels: returns
+// The next for two columns of two rows, as bilinear maps have them, and most of the channels: returns
 // how many. Columns are read one after the other, as they lie in memory, and brought nearer before.
 template <typename scalar_t>
 inline int64_t sum_four(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
@@ -45,7 +49,7 @@ inline int64_t sum_four(const Terms<scalar_t>& terms, const Terms<scalar_t>& nex
   Floats weights[4];
   for (int k = 0; k < 4; ++k) {
     from[k] = terms.sources[k];
-    ahead[k] = k < next.count() ? next.sources[k] : from[k];
+    ahead[k] = k < next.count ? next.sources[k] : from[k];
     weights[k] = splat(terms.weights[k]);
   }
   const auto prefetch = [](const scalar_t* x) {
@@ -57,21 +61,21 @@ inline int64_t sum_four(const Terms<scalar_t>& terms, const Terms<scalar_t>& nex
   for (int64_t begin = 0, end; begin < whole; begin = end) {
     end = std::min<int64_t>(begin + std::size(partial), whole);
     for (int64_t c = begin; c < end; c += kStep) {
-      prefetch(from[1] + c);
+      prefetch(from[2] + c);
       prefetch(from[3] + c);
-      const Pair upper = load_pair(from[0] + c), lower = load_pair(from[2] + c);
+      const Pair upper = load_pair(from[0] + c), lower = load_pair(from[1] + c);
       for (int i = 0; i < 2; ++i)
         store(partial + c - begin + i * kLanes,
-              fma(weights[2], lower.v[i], weights[0] * upper.v[i]));
+              fma(weights[1], lower.v[i], weights[0] * upper.v[i]));
     }
     for (int64_t c = begin; c < end; c += kStep) {
       prefetch(ahead[0] + c);
-      prefetch(ahead[2] + c);
-      const Pair upper = load_pair(from[1] + c), lower = load_pair(from[3] + c);
+      prefetch(ahead[1] + c);
+      const Pair upper = load_pair(from[2] + c), lower = load_pair(from[3] + c);
       Pair sum;
       for (int i = 0; i < 2; ++i) {
         const Floats left = load(partial + c - begin + i * kLanes);
-        sum.v[i] = fma(weights[3], lower.v[i], fma(weights[1], upper.v[i], left));
+        sum.v[i] = fma(weights[3], lower.v[i], fma(weights[2], upper.v[i], left));
       }
       store_pair(out + c, sum, past_caches);
     }
@@ -84,7 +88,7 @@ inline int64_t sum_four(const Terms<scalar_t>& terms, const Terms<scalar_t>& nex
 template <typename scalar_t, typename out_t>
 inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
                       out_t* out, bool past_caches = false) {
-  const int64_t count = terms.count();
+  const int64_t count = terms.count;
   if (count == 0) return for_lanes(size, [&](int64_t c, auto n) { store(out + c, Floats{}, n); });
   int64_t c = 0;
   if constexpr (std::is_same_v<scalar_t, out_t>)
@@ -94,9 +98,9 @@ inline void sum_terms(const Terms<scalar_t>& terms, const Terms<scalar_t>& next,
   const scalar_t* const* sources = terms.sources.data();
   const float* weights = terms.weights.data();
   for (; c + kWide * kLanes <= size; c += kWide * kLanes) {
-    for (const scalar_t* source : next.sources)
+    for (int64_t k = 0; k < next.count; ++k)
       for (int64_t byte = 0; byte < kWideBytes; byte += 64)
-        __builtin_prefetch((const char*)(source + c) + byte, 0, 2);
+        __builtin_prefetch((const char*)(next.sources[k] + c) + byte, 0, 2);
     Floats acc[kWide];
     for (int v = 0; v < kWide; ++v) acc[v] = weights[0] * load(sources[0] + c + v * kLanes);
     for (int64_t k = 1; k < count; ++k)
@@ -139,18 +143,20 @@ class RowResizer {
   void at_once(const ResizeMatrix& rows, int64_t row, const ResizeMatrix& cols, int64_t begin,
                int64_t end, const SourceAt& source_at, const OutAt& out_at,
                   const Done& done) {
-    const auto find_terms = [&](int64_t col) {
-      next_.clear();
-      if (col == end) return;
-      for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
-        for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
+    const auto find_terms = [&](int64_t row, int64_t col) {
+      next_.clear(rows.longest * cols.longest);
+      for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
+        for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
           next_.add(source_at(y->index, x->index), y->weight * x->weight);
     };
-    find_terms(begin);
+    find_terms(row, begin);
     for (int64_t col = begin; col < end; ++col) {
       std::swap(terms_, next_);
-      find_terms(col + 1);
-      if (skip_empty_ && terms_.count() == 0) continue;
+      if (col + 1 < end)
+        find_terms(row, col + 1);
+      else
+        find_terms(std::min(row + 1, rows.count() - 1), 0);  // likely the next
+      if (skip_empty_ && terms_.count == 0) continue;
       sum_terms(terms_, next_, num_channels_, out_at(col), past_caches_);
       done(col);
     }
@@ -173,14 +179,14 @@ class RowResizer {
                                            (width - 1) * num_channels_;
     const int64_t step = adjacent ? width : 1;
     for (int64_t col = 0; col < width; col += step) {
-      terms_.clear();
+      terms_.clear(rows.longest);
       for (const Entry* y = rows.begin(row); y != rows.end(row); ++y)
         terms_.add(source_at(y->index, left + col), y->weight);
       sum_terms(terms_, {}, step * num_channels_, summed_.data() + col * num_channels_);
     }
     for (int64_t col = begin; col < end; ++col) {
       if (skip_empty_ && cols.count(col) == 0) continue;
-      summed_terms_.clear();
+      summed_terms_.clear(cols.longest);
       for (const Entry* x = cols.begin(col); x != cols.end(col); ++x)
         summed_terms_.add(summed_.data() + (x->index - left) * num_channels_, x->weight);
       sum_terms(summed_terms_, {}, num_channels_, out_at(col), past_caches_);

@@ -62,6 +62,7 @@ struct ResizeMatrix {
   std::vector<float> scales;  // [rows], of weights that are normalised
   int64_t longest = 0;        // row, in entries
 
+  int64_t count() const { return (int64_t)begins.size() - 1; }
   int64_t count(int64_t row) const { return begins[row + 1] - begins[row]; }
   const Entry* begin(int64_t row) const { return entries.data() + begins[row]; }
   const Entry* end(int64_t row) const { return entries.data() + begins[row + 1]; }
