@@ -1,6 +1,7 @@
 """Time ops against their peers: ``python bench/run.py [op ...] [--device cuda] [--out DIR]``.
 
-With ``--check`` the exit status is 1 if a floor is missed.
+Each op has a process of its own: a heap full of what another left slows the next. With ``--check``
+the exit status is 1 if a floor is missed.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,22 +43,45 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or (HERE.parent / "build/bench" if args.quick else HERE / "results")
 
-    on_gpu = args.device == "cuda"
+    ops = args.op or OPS
     console = Console()
     console.width = max(console.width, 110)
     info = machine(args.device)
-    console.print(", ".join(f"{name} {value}" for name, value in info.items()), highlight=False)
+    path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
+    if len(ops) == 1:
+        console.print(", ".join(f"{name} {value}" for name, value in info.items()), highlight=False)
+        floors = time_op(*ops, args, path, console)
+    else:
+        options = [f"--device={args.device}", f"--out={out}", *["--quick"] * args.quick]
+        options += [f"--dtype={dtype}" for dtype in args.dtype or ()]
+        options += [f"--without={provider}" for provider in args.without]
+        for op in ops:
+            subprocess.run([sys.executable, __file__, op, *options], check=True)
+        floors = [
+            row
+            for row in json.loads(path.read_text())["floors"]
+            if row["op"] in ops and row["dtype"] in (args.dtype or [row["dtype"]])
+        ]
+    if floors:
+        show_floors(floors, console)
+    if args.check and any(floor["met"] is False for floor in floors):
+        sys.exit(1)
+
+
+def time_op(op: str, args: argparse.Namespace, path: Path, console: Console) -> list[dict]:
+    """Time all cases of ``op`` in this process, into the file ``path``; returns their floors."""
+    on_gpu = args.device == "cuda"
+    bench = bench_of(op)
+    if bench.threads and on_gpu:
+        return []  # it is the CPU's
     cases = [
         Case(bench, shape, getattr(torch, dtype), backward, args.device)
-        for bench in map(bench_of, args.op or OPS)
-        if not (bench.threads and on_gpu)
         for shape, dtype, backward in itertools.product(
             ["tiny"] if args.quick else bench.shapes | (bench.large if on_gpu else {}),
             bench.dtypes or args.dtype or DTYPES[:2],
             (False, True) if bench.backward else (False,),
         )
     ]
-    path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
     reasons, floors = {}, []
     for case in track(cases, "timing", console=console):
         found = run_case(case, args.quick, args.without)
@@ -65,12 +91,9 @@ def main() -> None:
         floors += found["floors"]
     for reason in reasons:
         console.print(reason, markup=False, highlight=False)
-    if floors:
-        show_floors(floors, console)
     plot(path)
     console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False)
-    if args.check and any(floor["met"] is False for floor in floors):
-        sys.exit(1)
+    return floors
 
 
 def bench_of(op: str) -> Bench:

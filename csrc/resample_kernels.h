@@ -39,7 +39,7 @@ struct Terms {
   }
 };
 
-// The next for two columns of two rows, as bilinear maps have them, and most of the channels: returns
+// The next for two columns of two rows, as bilinear maps have them, and most channels: returns
 // how many. Columns are read one after the other, as they lie in memory, and brought nearer before.
 template <typename scalar_t>
 inline int64_t sum_four(const Terms<scalar_t>& terms, const Terms<scalar_t>& next, int64_t size,
