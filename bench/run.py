@@ -50,7 +50,7 @@ def main() -> None:
     path = out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
     if len(ops) == 1:
         console.print(", ".join(f"{name} {value}" for name, value in info.items()), highlight=False)
-        floors = time_op(*ops, args, path, console)
+        floors = time_op(ops[0], args, path, console)
     else:
         options = [f"--device={args.device}", f"--out={out}", *["--quick"] * args.quick]
         options += [f"--dtype={dtype}" for dtype in args.dtype or ()]
