@@ -177,11 +177,11 @@ def run_case(case: Case, quick: bool, without: Sequence[str] = ()) -> dict[str, 
         clocks[bench.bound] = _limit(case, *work, clock)
         with torch.set_grad_enabled(case.backward):
             stats = _interleave(clocks, quick)
-        limit_s = stats[bench.bound]["median"]
-        results = [_result(case, name, s, work, limit_s) for name, s in stats.items()]
-        if case.device == "cuda":
-            for result in results[:-1]:
-                result["extra_info"]["host_s"] = _host_seconds(steps[result["name"]])
+            limit_s = stats[bench.bound]["median"]
+            results = [_result(case, name, s, work, limit_s) for name, s in stats.items()]
+            if case.device == "cuda":
+                for result in results[:-1]:
+                    result["extra_info"]["host_s"] = _host_seconds(steps[result["name"]])
     return {"benchmarks": results, "skipped": skipped, "floors": _floors(case, results)}
 
 

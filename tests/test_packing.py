@@ -360,6 +360,18 @@ def test_a_grid_that_is_no_target_is_refused(target, merge, message):
         PackedGrid([(2, 4, 4), (4, 6)]).resized(target, merge)
 
 
+@pytest.mark.parametrize("frames", [2, 3])
+def test_a_compiled_function_reads_no_further_than_its_grid(frames):
+    """It cannot compare frames, so those of a target that is none do not count."""
+    grid, target = PackedGrid([(2, 4, 4)]), PackedGrid([(frames, 2, 3)])
+    x = torch.randn(grid.num_tokens, 8)
+    resize = torch.compile(interpolate_tokens, backend="eager", fullgraph=True)
+    got, made = resize(x, grid, target)
+    want, _ = interpolate_tokens(x, grid, (2, 3))
+    assert torch.equal(got, want)
+    assert made.num_tokens == want.shape[0]
+
+
 def test_targets_may_be_arrays():
     grid = PackedGrid([(4, 4), (4, 6)])
     for target in (np.array([3, 5]), np.array([[3, 5], [3, 5]], dtype=np.int32)):

@@ -473,6 +473,7 @@ class PackedGrid:
                     grid._set(found, m, self.merge_temporal, self.geometry.device)
                     object.__setattr__(grid, "_origin", self._sizes)
                     return grid
+                target_hw = torch.tensor(numbers).view(-1, 2)
             pairs = _pairs_on_host(target_hw, self.num_grids)
             sizes = torch.cat([self._sizes[:, :1], pairs], dim=1)
             try:
@@ -493,9 +494,9 @@ class PackedGrid:
                 f"target_hw must be on the device of grid, {self.geometry.device},"
                 f" got {target.geometry.device}; use target_hw.to(...)"
             )
-        if torch.compiler.is_compiling() or type(target._sizes) is not Tensor:
-            return target  # there are no values to compare
-        if target._origin is not self._sizes:
+        if torch.compiler.is_compiling():  # with no values to compare, it is made of this one's
+            return self.resized(target._sizes[:, 1:], m)
+        if target._origin is not self._sizes and type(target._sizes) is Tensor:
             frames, want = target._sizes.numpy()[:, 0], self._sizes.numpy()[:, 0]
             if not np.array_equal(frames, want):
                 raise ValueError(
