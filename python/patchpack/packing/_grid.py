@@ -473,7 +473,7 @@ class PackedGrid:
                     grid._set(found, m, self.merge_temporal, self.geometry.device)
                     object.__setattr__(grid, "_origin", self._sizes)
                     return grid
-                target_hw = torch.tensor(numbers).view(-1, 2)
+                target_hw = torch.tensor(numbers, device="cpu").view(-1, 2)
             pairs = _pairs_on_host(target_hw, self.num_grids)
             sizes = torch.cat([self._sizes[:, :1], pairs], dim=1)
             try:
