@@ -10,6 +10,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -55,8 +56,9 @@ def main() -> None:
         options = [f"--device={args.device}", f"--out={out}", *["--quick"] * args.quick]
         options += [f"--dtype={dtype}" for dtype in args.dtype or ()]
         options += [f"--without={provider}" for provider in args.without]
+        environment = {**os.environ, "PATCHPACK_COMMIT": info["commit"]}
         for op in ops:
-            subprocess.run([sys.executable, __file__, op, *options], check=True)
+            subprocess.run([sys.executable, __file__, op, *options], check=True, env=environment)
         floors = [
             row
             for row in json.loads(path.read_text())["floors"]

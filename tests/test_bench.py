@@ -72,6 +72,16 @@ def test_every_provider_is_timed_or_says_why_not(run, op):
         assert timed[LIMITS[op]]["extra_info"]["of_limit"] == 1
 
 
+def test_all_ops_of_a_run_are_of_the_commit_it_began_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATCHPACK_COMMIT", "said where there is no git")
+    options = ("--quick", "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
+    _python("run.py", "patchify", "scatter_tokens", *options)
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["benchmarks"]
+    assert {row["params"]["op"] for row in rows} == {"patchify", "scatter_tokens"}
+    assert {row["extra_info"]["commit"] for row in rows} == {"said where there is no git"}
+
+
 def test_peers_that_are_installed_are_timed(run):
     peers = {
         "rope": {"transformers"},
@@ -198,14 +208,39 @@ _harness.SECONDS, turns = 10, []
 def clock(name, seconds):
     return lambda: turns.append(name) or seconds
 clocks = {"reference": clock("r", 9.0), "slow": clock("s", 0.9), "fast": clock("f", 1e-3)}
-stats = _harness._interleave(clocks, False)
-assert [stats[name]["rounds"] for name in clocks] == [2, 11, 100]
-assert stats["slow"]["median"] == 0.9
+stats = {}
+_harness._interleave(clocks, stats, 1, *_harness.ROUNDS)
+assert [stats[name].rounds for name in clocks] == [2, 11, 100]
+assert stats["slow"].median == 0.9
 order = "".join(turns)
 assert order.startswith("rsf")  # to know how slow they are
 order = order[3:]
 half = order.index("r") + 1
 assert 5 <= order[:half].count("s") <= 6 and 45 <= order[:half].count("f") <= 55
+""",
+    )
+
+
+def test_a_case_that_memory_bounds_is_timed_at_several_places():
+    _python(
+        "-c",
+        """
+import torch, _harness
+from bench_patchify import BENCH
+at = []
+def limit(case, *work):
+    def seconds():
+        at.append(len(places))
+        return 1e-3
+    places.append(seconds)
+    return seconds
+places, _harness._limit, _harness.SECONDS = [], limit, 0.01
+case = _harness.Case(BENCH, next(iter(BENCH.shapes)), torch.float32, False, "cpu")
+rows = _harness.run_case(case, quick=False)["benchmarks"]
+assert len(places) == _harness.PLACES
+share = -(-10 // _harness.PLACES)
+assert [at.count(place + 1) for place in range(3)] == 3 * [1 + share]  # one to know how slow it is
+assert {row["name"]: row["stats"]["rounds"] for row in rows}["copy"] == 3 * share
 """,
     )
 
