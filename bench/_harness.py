@@ -50,8 +50,7 @@ LIBRARIES = ("triton", "transformers", "torchvision", "liger_kernel", "flash_att
 SECONDS = 0.6  # for the rounds of one provider
 ROUNDS = (5, 100)  # at least and at most, whatever SECONDS says
 REFERENCE_ROUNDS = 2  # at least: it is there to be right
-# places of a case's tensors, if memory bounds it: a virtual machine has near and far memory, and
-# an op may take a third here of what it takes there, and one place says little of others
+# places of a case's tensors, if memory bounds it: one lies better than another, by a tenth or more
 PLACES = 3
 # how often a GPU clears its caches before a step: a millisecond or two by which the host is ahead,
 # as in training, so that its own work shows only where it takes longer than that

@@ -107,9 +107,9 @@ BENCH = Bench(
         "gather": _gather,
         "F.embedding_bag": _embedding_bag,
     },
-    floors=tuple(
-        Floor(MAPS, dtype, "forward", peer, ratio)
-        for dtype in ("float32", "bfloat16")
-        for peer, ratio in (("F.interpolate loop", 12), ("copy", 1 / 1.1))
+    floors=(
+        Floor(MAPS, "float32", "forward", "F.interpolate loop", 12),
+        Floor(MAPS, "bfloat16", "forward", "F.interpolate loop", 12),
+        Floor(MAPS, "float32", "forward", "copy", 1 / 1.1),
     ),
 )

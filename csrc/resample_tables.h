@@ -71,8 +71,11 @@ struct ResizeMatrix {
 inline ResizeMatrix resize_matrix(Filter filter, int64_t num_in, int64_t num_out) {
   const ResampledAxis axis = resampled_axis(filter, num_in, num_out);
   ResizeMatrix matrix{{0}, {}, {}, 0};
+  matrix.begins.reserve(num_out + 1);
+  matrix.scales.reserve(filter.normalised() ? num_out : 0);
   for (int64_t o = 0; o < num_out; ++o) {
     const Taps taps = find_taps(filter, axis, o);
+    if (o == 0) matrix.entries.reserve(taps.count * num_out);
     float total = 0.0f;
     for (int64_t k = 0; k < taps.count; ++k) {
       const float weight = weight_at(filter, axis, taps.distance + k * axis.unit);
