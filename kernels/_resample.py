@@ -71,22 +71,60 @@ def _span(center, size, step, count, MODE: tl.constexpr):
 
 
 @triton.jit
+def _fits(num_in, num_out):
+    """Whether 32 bits hold the coordinates of an axis, or of all axes of a tile."""
+    cells = num_in.to(tl.float32) * num_out.to(tl.float32)
+    return tl.max(cells + tl.zeros((1,), tl.float32), axis=0) < 2.0**26
+
+
+@triton.jit
+def _taps(
+    o, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr,
+    NUM_TAPS: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
+    center = slope.to(WORD) * o + offset
+    if MODE == "nearest":
+        center = _nearest(o, num_in, num_out).to(WORD) * unit
+    if NUM_TAPS > 0:
+        first = ((center + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
+        count = first
+    else:
+        first, count = _span(center, size, unit, num_in, MODE)
+    distance = (first.to(WORD) * unit - center).to(tl.float32)
+    return first, count, distance
+
+
+@triton.jit
 def find_taps(
     o, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr,
     NUM_TAPS: tl.constexpr,
 ):  # fmt: skip
-    """First input that output ``o`` reads and their number; its distance, the step, filter size."""
-    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
-    center = slope.to(tl.int64) * o + offset
-    if MODE == "nearest":
-        center = _nearest(o, num_in, num_out).to(tl.int64) * unit
-    if NUM_TAPS > 0:
-        first = ((center + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
-        count = NUM_TAPS
+    """First input that output ``o`` reads and their number; its distance, the step, filter size.
+
+    The number is for filters whose taps are not ``NUM_TAPS``.
+    """
+    _, _, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
+    if _fits(num_in, num_out):  # integers of 64 bits are divided in ten times as many instructions
+        first, count, distance = _taps(
+            o, num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS, tl.int32
+        )
     else:
-        first, count = _span(center, size, unit, num_in, MODE)
-    distance = first.to(tl.int64) * unit - center
-    return first, count, distance.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
+        first, count, distance = _taps(
+            o, num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS, NUM_TAPS, tl.int64
+        )
+    return first, count, distance, unit.to(tl.float32), size.to(tl.float32)
+
+
+@triton.jit
+def _readers(
+    i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr,
+    WORD: tl.constexpr,
+):  # fmt: skip
+    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
+    center = i.to(WORD) * unit - offset
+    first, count = _span(center, size, tl.maximum(slope, 1), num_out, MODE)
+    return first, count, (center - first.to(WORD) * slope).to(tl.float32)
 
 
 @triton.jit
@@ -94,10 +132,15 @@ def find_readers(
     i, num_in, num_out, MODE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, ANTIALIAS: tl.constexpr
 ):  # fmt: skip
     """First output that may read input ``i`` and their number; its distance, steps, filter size."""
-    slope, offset, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
-    center = i.to(tl.int64) * unit - offset
-    first, count = _span(center, size, tl.maximum(slope, 1), num_out, MODE)
-    distance = (center - first.to(tl.int64) * slope).to(tl.float32)
+    slope, _, unit, size = _axis(num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS)
+    if _fits(num_in, num_out):
+        first, count, distance = _readers(
+            i, num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS, tl.int32
+        )
+    else:
+        first, count, distance = _readers(
+            i, num_in, num_out, MODE, ALIGN_CORNERS, ANTIALIAS, tl.int64
+        )
     return first, count, distance, slope.to(tl.float32), unit.to(tl.float32), size.to(tl.float32)
 
 

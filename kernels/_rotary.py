@@ -16,6 +16,8 @@ from torch import Tensor
 
 from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit
 
+# heads that share their angles in a program: with more, too few programs wait for memory at a time
+HEADS_A_PART = tl.constexpr(4)
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
 
@@ -81,11 +83,20 @@ def load_frequencies(table_ptr, offs_i, mask_i, NUM_PAIRS: tl.constexpr):
 
 
 @triton.jit
-def rotate_heads(
+def tile_and_part(NUM_Q_HEADS: tl.constexpr, NUM_K_HEADS: tl.constexpr):
+    """Which tokens a program turns, and which of their heads."""
+    num_parts = tl.cdiv(NUM_Q_HEADS, HEADS_A_PART) + tl.cdiv(NUM_K_HEADS, HEADS_A_PART)
+    pid = tl.program_id(0)
+    return (pid // num_parts).to(tl.int64), pid % num_parts
+
+
+@triton.jit
+def _rotate_heads(
     x_ptr,  # [T, H, D]
     out_ptr,  # [T, H, D], contiguous
     stride_x_t,
     stride_x_h,
+    first_head,
     offs_t,
     mask_t,
     cos,  # [BLOCK_T, BLOCK_I]
@@ -99,10 +110,9 @@ def rotate_heads(
     BLOCK_I: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
 ):
-    """Turn every head of BLOCK_T tokens by the same angles."""
     # strides come divided by STRIDE_UNIT, so that the compiler knows they are its multiples
-    x_ptrs = x_ptr + offs_t[:, None] * stride_x_t * STRIDE_UNIT
-    out_ptrs = out_ptr + offs_t[:, None] * (NUM_HEADS * HEAD_DIM)
+    x_ptrs = x_ptr + (offs_t[:, None] * stride_x_t + first_head * stride_x_h) * STRIDE_UNIT
+    out_ptrs = out_ptr + offs_t[:, None] * (NUM_HEADS * HEAD_DIM) + first_head * HEAD_DIM
     offs_i = tl.arange(0, BLOCK_I)[None, :]
     offs_pair = tl.arange(0, 2 * BLOCK_I)[None, :]
     offs_pass = 2 * NUM_PAIRS + tl.arange(0, BLOCK_PASS)[None, :]
@@ -110,7 +120,7 @@ def rotate_heads(
     mask_pair = mask_t[:, None] & (offs_pair < 2 * NUM_PAIRS)
     mask_pass = mask_t[:, None] & (offs_pass < HEAD_DIM)
 
-    for _ in range(NUM_HEADS):
+    for _ in range(tl.minimum(NUM_HEADS - first_head, HEADS_A_PART)):
         if INTERLEAVED:
             x = tl.load(x_ptrs + offs_pair, mask=mask_pair, other=0.0).to(tl.float32)
             a, b = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_I, 2)))
@@ -128,6 +138,47 @@ def rotate_heads(
         out_ptrs += HEAD_DIM
 
 
+@triton.jit
+def rotate_part(
+    q_ptr,  # [T, Hq, D]
+    k_ptr,  # [T, Hk, D]
+    q_out_ptr,  # [T, Hq, D], contiguous
+    k_out_ptr,  # [T, Hk, D], contiguous
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    part,
+    offs_t,
+    mask_t,
+    cos,  # [BLOCK_T, BLOCK_I]
+    sin,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_K_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_PASS: tl.constexpr,
+):
+    """Turn a part of the heads of BLOCK_T tokens by the same angles."""
+    num_q_parts = tl.cdiv(NUM_Q_HEADS, HEADS_A_PART)
+    if part < num_q_parts:
+        _rotate_heads(
+            q_ptr, q_out_ptr, stride_q_t, stride_q_h, part * HEADS_A_PART, offs_t, mask_t, cos,
+            sin, NUM_Q_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_I,
+            BLOCK_PASS,
+        )  # fmt: skip
+    else:
+        _rotate_heads(
+            k_ptr, k_out_ptr, stride_k_t, stride_k_h, (part - num_q_parts) * HEADS_A_PART, offs_t,
+            mask_t, cos, sin, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T,
+            BLOCK_I, BLOCK_PASS,
+        )  # fmt: skip
+
+
 def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **constants):
     """Allocate the rotated ``q`` and ``k`` and launch ``kernel`` once for both.
 
@@ -141,7 +192,8 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
     unit = stride_unit(q, k)
     block_i = triton.next_power_of_2(num_pairs)
     block_t = max(1, 1024 // block_i)
-    kernel[(triton.cdiv(num_tokens, block_t),)](
+    num_parts = sum(triton.cdiv(x.shape[1], HEADS_A_PART.value) for x in (q, k))
+    kernel[(triton.cdiv(num_tokens, block_t) * num_parts,)](
         q,
         k,
         q_out,

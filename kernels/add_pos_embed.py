@@ -163,7 +163,8 @@ def _add_bwd_kernel(
         first = tl.load(geometry_ptr + grid * 3)
         out_rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
         out_cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
-        num_frames = (tl.load(geometry_ptr + grid * 3 + 3) - first) // (out_rows * out_cols)
+        last = tl.load(geometry_ptr + grid * 3 + 3)
+        num_frames = ((last - first).to(tl.int32) // (out_rows * out_cols)).to(tl.int64)
         first_y, count_y, distance_y, slope_y, unit_y, size_y = find_readers(
             row, rows, out_rows, MODE, ALIGN_CORNERS, ANTIALIAS
         )

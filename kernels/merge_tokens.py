@@ -283,7 +283,7 @@ def merge(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
-        num_warps=8 if block_k * block_c > 2**11 else 4,
+        num_warps=max(block_k * block_c // 2**11, 1) if normalised else 4,
         num_stages=1,  # a tile is in registers: none in shared memory
         **compiler_options(),
     )
@@ -309,7 +309,7 @@ def merge_bwd(
     block_n, block_k, block_c = _tile(together, num_channels)
     # tiles are shared out by their number alone, and with them every sum
     num_tiles = triton.cdiv(num_rows, block_n)
-    share = max(16, triton.cdiv(num_tiles, 256)) if normalised else 1
+    share = max(4, triton.cdiv(num_tiles, 512)) if normalised else 1
     num_shares = triton.cdiv(num_tiles, share)
 
     grad_x = grad.new_empty(num_tokens, num_channels)
@@ -343,20 +343,20 @@ def merge_bwd(
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             BLOCK_C=block_c,
-            num_warps=8 if block_k * block_c > 2**11 else 4,
+            num_warps=8 if block_k * block_c * grad.element_size() > 2**13 else 4,
             num_stages=1,
             **compiler_options(),
         )
     if normalised:
-        _sum_kernel[(triton.cdiv(together * num_channels, 32),)](
+        _sum_kernel[(triton.cdiv(together * num_channels, 16),)](
             *partials,
             *grads,
             num_shares,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             NUM_WEIGHTS=together * num_channels,
-            BLOCK_P=32,
-            BLOCK_W=32,
+            BLOCK_P=128,
+            BLOCK_W=16,
             num_warps=4,
             num_stages=1,
             **compiler_options(),

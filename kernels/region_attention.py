@@ -216,16 +216,15 @@ def _launch(
     region: int,
     softmax_scale: float,
 ) -> None:
-    """Launch ``kernel`` on tiles of whole cells, and of all channels up to 2**14 elements."""
+    """Launch ``kernel`` on tiles of whole cells, and of all channels up to 2**14 bytes."""
     num_cells, num_channels = strided[0].shape
     if num_cells == 0:
         return
     num_grids = geometry.shape[0] - 1
     unit = stride_unit(*strided)
     block_k = triton.next_power_of_2(region * region)
-    block_c = triton.next_power_of_2(num_channels)
-    if block_k * block_c > 2**14:
-        block_c = 2**13 // block_k
+    most = 2**14 // max(x.element_size() for x in strided)
+    block_c = max(min(triton.next_power_of_2(num_channels), most // block_k), 1)
     block_n = max(1, 2**11 // (block_k * block_c))
     kernel[(triton.cdiv(num_cells, block_n),)](
         *tensors,
@@ -241,7 +240,7 @@ def _launch(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
-        num_warps=8 if block_k * block_c > 2**12 else 4,
+        num_warps=2,  # sums over channels go through more of them slowly
         num_stages=1,  # a tile is in registers: none in shared memory
         **compiler_options(),
     )

@@ -13,7 +13,8 @@ from patchpack.kernels._rotary import (
     frequency_table,
     launch,
     load_frequencies,
-    rotate_heads,
+    rotate_part,
+    tile_and_part,
 )
 from patchpack.kernels._tiles import find_grid, token_to_cell
 
@@ -48,8 +49,9 @@ def _rotate_2d_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
 ):
-    """One program turns all heads of BLOCK_T tokens. INVERSE turns them back (the adjoint)."""
-    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One program turns a part of the heads of BLOCK_T tokens. INVERSE: back (the adjoint)."""
+    tile, part = tile_and_part(NUM_Q_HEADS, NUM_K_HEADS)
+    offs_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     offs_i = tl.arange(0, BLOCK_I)
 
@@ -67,13 +69,10 @@ def _rotate_2d_kernel(
     if INVERSE:
         sin = -sin
 
-    rotate_heads(
-        q_ptr, q_out_ptr, stride_q_t, stride_q_h, offs_t, mask_t, cos, sin, NUM_Q_HEADS, HEAD_DIM,
-        NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
-    )  # fmt: skip
-    rotate_heads(
-        k_ptr, k_out_ptr, stride_k_t, stride_k_h, offs_t, mask_t, cos, sin, NUM_K_HEADS, HEAD_DIM,
-        NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
+    rotate_part(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, part,
+        offs_t, mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED,
+        STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 
