@@ -340,6 +340,7 @@ def _interleave(
     for name, seconds in clocks.items():
         few = min(least, REFERENCE_ROUNDS) if name == "reference" else least
         turns[name] = math.ceil(max(few, min(most, int(SECONDS / seconds()))) / places)
+        stats.setdefault(name, Stats())
     rounds = max(turns.values())
     gc.collect()
     gc.disable()
@@ -347,7 +348,7 @@ def _interleave(
         for i in range(rounds):
             for name, seconds in clocks.items():
                 if i * turns[name] // rounds < (i + 1) * turns[name] // rounds:
-                    stats.setdefault(name, Stats()).update(seconds())
+                    stats[name].update(seconds())
     finally:
         gc.enable()
 

@@ -91,6 +91,12 @@ def tile_and_part(NUM_Q_HEADS: tl.constexpr, NUM_K_HEADS: tl.constexpr):
 
 
 @triton.jit
+def _rotate(a, b, cos, sin):
+    # left to the compiler, either product is fused with the sum, and bits differ within a tile
+    return tl.fma(a, cos, -b * sin), tl.fma(b, cos, a * sin)
+
+
+@triton.jit
 def _rotate_heads(
     x_ptr,  # [T, H, D]
     out_ptr,  # [T, H, D], contiguous
@@ -124,13 +130,15 @@ def _rotate_heads(
         if INTERLEAVED:
             x = tl.load(x_ptrs + offs_pair, mask=mask_pair, other=0.0).to(tl.float32)
             a, b = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_I, 2)))
-            y = tl.join(a * cos - b * sin, b * cos + a * sin)
-            tl.store(out_ptrs + offs_pair, tl.reshape(y, (BLOCK_T, 2 * BLOCK_I)), mask=mask_pair)
+            a, b = _rotate(a, b, cos, sin)
+            y = tl.reshape(tl.join(a, b), (BLOCK_T, 2 * BLOCK_I))
+            tl.store(out_ptrs + offs_pair, y, mask=mask_pair)
         else:
             a = tl.load(x_ptrs + offs_i, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(x_ptrs + NUM_PAIRS + offs_i, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptrs + offs_i, a * cos - b * sin, mask=mask)
-            tl.store(out_ptrs + NUM_PAIRS + offs_i, b * cos + a * sin, mask=mask)
+            a, b = _rotate(a, b, cos, sin)
+            tl.store(out_ptrs + offs_i, a, mask=mask)
+            tl.store(out_ptrs + NUM_PAIRS + offs_i, b, mask=mask)
         if HEAD_DIM > 2 * NUM_PAIRS:
             passed = tl.load(x_ptrs + offs_pass, mask=mask_pass, other=0.0)
             tl.store(out_ptrs + offs_pass, passed, mask=mask_pass)

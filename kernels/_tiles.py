@@ -123,9 +123,13 @@ def architecture() -> int | None:
     return None if target is None or target.backend != "cuda" else target.arch
 
 
-def compiler_options() -> dict[str, Any]:
-    """What every launch asks of the compiler of its device."""
+def compiler_options(*, fp_fusion: bool = True) -> dict[str, Any]:
+    """What every launch asks of the compiler of its device.
+
+    Without ``fp_fusion`` no product is fused with a sum. Of two products that are added either may
+    be, and which one differs within a tile: a sum of products then has other bits elsewhere.
+    """
     if architecture() is None:
-        return {"enable_fp_fusion": True}
+        return {"enable_fp_fusion": fp_fusion}
     # all registers a thread may have: left alone, ptxas spills some to fit one more block
-    return {"enable_fp_fusion": True, "maxnreg": 255}
+    return {"enable_fp_fusion": fp_fusion, "maxnreg": 255}

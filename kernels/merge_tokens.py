@@ -285,7 +285,7 @@ def merge(
         BLOCK_C=block_c,
         num_warps=max(block_k * block_c // 2**11, 1) if normalised else 4,
         num_stages=1,  # a tile is in registers: none in shared memory
-        **compiler_options(),
+        **compiler_options(fp_fusion=False),
     )
     return out, mean, rstd
 
@@ -345,7 +345,7 @@ def merge_bwd(
             BLOCK_C=block_c,
             num_warps=8 if block_k * block_c * grad.element_size() > 2**13 else 4,
             num_stages=1,
-            **compiler_options(),
+            **compiler_options(fp_fusion=False),
         )
     if normalised:
         _sum_kernel[(triton.cdiv(together * num_channels, 16),)](

@@ -225,6 +225,8 @@ def _launch(
     block_k = triton.next_power_of_2(region * region)
     most = 2**14 // max(x.element_size() for x in strided)
     block_c = max(min(triton.next_power_of_2(num_channels), most // block_k), 1)
+    if kernel is _attend_bwd_kernel and block_c < num_channels:
+        block_c = max(block_c // 2, 1)  # going over them twice takes more registers
     block_n = max(1, 2**11 // (block_k * block_c))
     kernel[(triton.cdiv(num_cells, block_n),)](
         *tensors,
@@ -242,5 +244,5 @@ def _launch(
         BLOCK_C=block_c,
         num_warps=2,  # sums over channels go through more of them slowly
         num_stages=1,  # a tile is in registers: none in shared memory
-        **compiler_options(),
+        **compiler_options(fp_fusion=False),
     )

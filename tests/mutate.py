@@ -43,9 +43,23 @@ FAULTS = [
     Fault(
         "rope: sine with the wrong sign",
         "kernels/_rotary.py",
-        "a * cos - b * sin, mask=mask",
-        "a * cos + b * sin, mask=mask",
+        "tl.fma(a, cos, -b * sin)",
+        "tl.fma(a, cos, b * sin)",
         contract("rope_2d"),
+    ),
+    Fault(
+        "rope: a part of the heads turned twice, another not",
+        "kernels/_rotary.py",
+        "(part - num_q_parts) * HEADS_A_PART",
+        "(part - num_q_parts) // 2 * HEADS_A_PART",
+        contract("rope_2d"),
+    ),
+    Fault(
+        "resample: coordinates past 32 bits in 32 bits",
+        "kernels/_resample.py",
+        "axis=0) < 2.0**26",
+        "axis=0) < 2.0**46",
+        "tests/test_interpolate_tokens.py -k past_32_bits-and-triton",
     ),
     Fault(
         "rope: the adjoint turns forward",

@@ -210,6 +210,7 @@ def clock(name, seconds):
 clocks = {"reference": clock("r", 9.0), "slow": clock("s", 0.9), "fast": clock("f", 1e-3)}
 stats = {}
 _harness._interleave(clocks, stats, 1, *_harness.ROUNDS)
+assert list(stats) == list(clocks)
 assert [stats[name].rounds for name in clocks] == [2, 11, 100]
 assert stats["slow"].median == 0.9
 order = "".join(turns)

@@ -29,6 +29,23 @@ def by_torch(frame, size, mode, **options):
     return functional.interpolate(frame, size, mode=mode, **options)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+def test_coordinates_past_32_bits(impl):
+    rows, target = 200_000, 30_000
+    x = torch.randn(rows, 1).requires_grad_()
+    out, _ = interpolate_tokens(x, PackedGrid([(rows, 1)]), (target, 1), impl=impl)
+    out.backward(cotangent := torch.randn(target, 1))
+
+    twice = (2 * torch.arange(target) + 1) * rows - target  # the coordinate, in 2 * target parts
+    first, weight = twice // (2 * target), (twice % (2 * target)) / (2 * target)
+    weight = weight[:, None].double()
+    want = (1 - weight) * x[first].double() + weight * x[first + 1].double()
+    torch.testing.assert_close(out, want.float())
+    grad = torch.zeros(rows, 1).double()
+    grad.index_add_(0, first, (1 - weight) * cotangent).index_add_(0, first + 1, weight * cotangent)
+    torch.testing.assert_close(x.grad, grad.float())
+
+
 @pytest.mark.parametrize(("mode", "options"), MODES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_frame_gets_the_values_of_torch(mode, options, impl):

@@ -174,6 +174,7 @@ _ROPE_2D = Spec(
             "interleaved": True,
         },
         "head size 32, GQA": {"sizes": [(1, 3, 3), (1, 9, 2)], "head_dim": 32, "heads": (6, 2)},
+        "many heads": {"sizes": [(1, 3, 3), (1, 2, 5)], "head_dim": 32, "heads": (9, 6)},
         "head size 88": {"sizes": [(1, 4, 4), (1, 8, 4)], "head_dim": 88, "merge": 4},
         "head size 96": {"sizes": [(1, 4, 5)], "head_dim": 96, "interleaved": True},
         "head size 128": {"sizes": [(1, 6, 4), (1, 2, 2)], "head_dim": 128, "merge": 2},
