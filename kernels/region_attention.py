@@ -179,6 +179,8 @@ def attend(
         spatial_merge_size,
         region,
         softmax_scale,
+        most_elements=2**14 // query.element_size(),
+        num_warps=2,
     )
     return out, p
 
@@ -203,6 +205,8 @@ def attend_bwd(
         spatial_merge_size,
         region,
         softmax_scale,
+        most_elements=2**11,
+        num_warps=1,
     )
     return grad_query, grad_tokens
 
@@ -215,19 +219,21 @@ def _launch(
     spatial_merge_size: int,
     region: int,
     softmax_scale: float,
+    most_elements: int,
+    num_warps: int,
 ) -> None:
-    """Launch ``kernel`` on tiles of whole cells, and of all channels up to 2**14 bytes."""
+    """Launch ``kernel`` on tiles of whole cells, and of all channels up to ``most_elements``.
+
+    Sums over channels go through one or two warps: through more they take several times as long.
+    """
     num_cells, num_channels = strided[0].shape
     if num_cells == 0:
         return
     num_grids = geometry.shape[0] - 1
     unit = stride_unit(*strided)
     block_k = triton.next_power_of_2(region * region)
-    most = 2**14 // max(x.element_size() for x in strided)
-    block_c = max(min(triton.next_power_of_2(num_channels), most // block_k), 1)
-    if kernel is _attend_bwd_kernel and block_c < num_channels:
-        block_c = max(block_c // 2, 1)  # going over them twice takes more registers
-    block_n = max(1, 2**11 // (block_k * block_c))
+    block_c = max(min(triton.next_power_of_2(num_channels), most_elements // block_k), 1)
+    block_n = max(1, 2**10 * num_warps // (block_k * block_c))
     kernel[(triton.cdiv(num_cells, block_n),)](
         *tensors,
         num_grids,
@@ -242,7 +248,7 @@ def _launch(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
-        num_warps=2,  # sums over channels go through more of them slowly
+        num_warps=num_warps,
         num_stages=1,  # a tile is in registers: none in shared memory
         **compiler_options(fp_fusion=False),
     )

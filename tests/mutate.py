@@ -140,9 +140,9 @@ FAULTS = [
     ),
     Fault(
         "rope_2d: token offsets in 32 bits",
-        "kernels/rope_2d.py",
-        "tl.program_id(0).to(tl.int64) * BLOCK_T",
-        "tl.program_id(0) * BLOCK_T",
+        "kernels/_rotary.py",
+        "(pid // num_parts).to(tl.int64)",
+        "pid // num_parts",
         contract("rope_2d", "int64"),
     ),
     Fault(
