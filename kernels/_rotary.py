@@ -117,7 +117,8 @@ def _rotate_heads(
     BLOCK_PASS: tl.constexpr,
 ):
     # strides come divided by STRIDE_UNIT, so that the compiler knows they are its multiples
-    x_ptrs = x_ptr + (offs_t[:, None] * stride_x_t + first_head * stride_x_h) * STRIDE_UNIT
+    first_x = offs_t[:, None] * stride_x_t + first_head.to(tl.int64) * stride_x_h
+    x_ptrs = x_ptr + first_x * STRIDE_UNIT
     out_ptrs = out_ptr + offs_t[:, None] * (NUM_HEADS * HEAD_DIM) + first_head * HEAD_DIM
     offs_i = tl.arange(0, BLOCK_I)[None, :]
     offs_pair = tl.arange(0, 2 * BLOCK_I)[None, :]

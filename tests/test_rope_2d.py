@@ -55,6 +55,18 @@ def test_golden_qwen2_vl(case, impl):
         torch.testing.assert_close(k[39, 1, -5:], row, **tolerance)
 
 
+@pytest.mark.parametrize("impl", ["triton", "native"])
+def test_heads_may_lie_2_to_the_31_elements_apart(impl):
+    num_heads, head_dim, apart = 9, 16, 2**28 + 1  # odd, so that no kernel counts in larger units
+    grid = PackedGrid([(2, 2)])
+    near = torch.randn(grid.num_tokens, num_heads, head_dim).bfloat16()
+    far = torch.empty((num_heads - 1) * apart + grid.num_tokens * head_dim, dtype=torch.bfloat16)
+    far = far.as_strided(near.shape, (head_dim, apart, 1)).copy_(near)
+    got, _ = rope_2d(far, far, grid, impl=impl)
+    want, _ = rope_2d(near, near, grid, impl=impl)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_golden_qwen2_vl_angles(impl):
     (case,) = golden("qwen2vl.vit_freqs")
