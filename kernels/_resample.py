@@ -88,7 +88,7 @@ def _taps(
         center = _nearest(o, num_in, num_out).to(WORD) * unit
     if NUM_TAPS > 0:
         first = ((center + unit) // unit).to(tl.int32) - (NUM_TAPS + 1) // 2
-        count = first
+        count = first  # of no use: it is NUM_TAPS
     else:
         first, count = _span(center, size, unit, num_in, MODE)
     distance = (first.to(WORD) * unit - center).to(tl.float32)
