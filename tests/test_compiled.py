@@ -47,7 +47,7 @@ def matmul(size=64, depth=256, step=64, **options):
     return out
 
 
-@pytest.mark.parametrize("target", compiled.SHARED_MEMORY)
+@pytest.mark.parametrize("target", compiled.MULTIPROCESSORS)
 def test_a_copy_loads_and_stores_wide(target):
     with compiled.session(target) as launches:
         scale(num_warps=4)
@@ -137,7 +137,8 @@ def test_too_much_shared_memory_is_an_error():
     large = {"size": 128, "step": 128, "depth": 512, "num_stages": 3}
     with compiled.session("sm_90") as launches:
         matmul(**large)
-    assert compiled.SHARED_MEMORY["sm_86"] < launches[0].shared < compiled.SHARED_MEMORY["sm_90"]
+    small, large_ = (compiled.MULTIPROCESSORS[t].shared_a_block for t in ("sm_86", "sm_90"))
+    assert small < launches[0].shared < large_
     with compiled.session("sm_86") as launches, pytest.raises(OutOfResources, match="shared"):
         matmul(**large)
     assert launches == []

@@ -12,13 +12,12 @@ how long it takes is not to be had from it.
 import contextlib
 import functools
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -26,17 +25,30 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from patchpack._interpreter import execute, interpreted, replaced
+from patchpack.testing._machine_code import Code, kinds, read_amd, read_nvidia
 
-# Bytes of shared memory one block may have.
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
+
+class Multiprocessor(NamedTuple):
+    """What one multiprocessor (AMD: compute unit) has room for."""
+
+    warps: int
+    blocks: int
+    registers: int  # of 32 bits
+    shared: int  # bytes
+    shared_a_block: int  # bytes
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 and
+# CDNA 4 instruction set references
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 32, 2**16, 164 * 1024, 163 * 1024),
+    "sm_86": Multiprocessor(48, 16, 2**16, 100 * 1024, 99 * 1024),
+    "sm_89": Multiprocessor(48, 24, 2**16, 100 * 1024, 99 * 1024),
+    "sm_90": Multiprocessor(64, 32, 2**16, 228 * 1024, 227 * 1024),
+    "sm_100": Multiprocessor(64, 32, 2**16, 228 * 1024, 227 * 1024),
+    "sm_120": Multiprocessor(48, 24, 2**16, 100 * 1024, 99 * 1024),
+    "gfx942": Multiprocessor(32, 32, 2**17, 64 * 1024, 64 * 1024),
+    "gfx950": Multiprocessor(32, 32, 2**17, 160 * 1024, 160 * 1024),
 }
 TENSOR_MEMORY = 512  # columns, on targets that have it
 
@@ -49,15 +61,59 @@ class Launch:
     key: str  # equal for launches that one compilation serves
     grid: tuple[int, int, int]
     target: str
-    num_warps: int
+    dtype: str  # of its floating tensors the narrowest
+    constants: dict[str, Any]  # compile-time arguments
+    num_warps: int  # those that the compiler adds included
+    num_stages: int
     shared: int  # bytes of shared memory a block
-    registers: int  # a thread; on AMD vector registers, accumulation registers included
-    stack: int  # bytes a thread: spilled registers and local arrays
-    opcodes: Counter[str]
+    tensor_memory: int  # columns a block, on targets that have it
+    code: Code
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread; on AMD vector registers, accumulation registers included."""
+        return self.code.registers
+
+    @property
+    def stack(self) -> int:
+        """Bytes a thread: spilled registers and local arrays."""
+        return self.code.stack
 
     @property
     def instructions(self) -> int:
-        return self.opcodes.total()
+        return self.code.opcodes.total()
+
+    @property
+    def loop(self) -> Counter[str]:
+        """Instructions of the main loop by kind; none without a loop."""
+        return kinds(self.code.loop, self.target)
+
+    @property
+    def occupancy(self) -> float:
+        """Warps that a multiprocessor holds of this kernel, of those it has room for."""
+        blocks = self.resident_blocks
+        return blocks * self.num_warps / MULTIPROCESSORS[self.target].warps
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once."""
+        has = MULTIPROCESSORS[self.target]
+        if self.target.startswith("gfx"):
+            registers = -(-self.registers // 8) * 8 * 64
+            shared = self.shared
+        else:
+            registers = -(-self.registers * 32 // 256) * 256
+            shared = self.shared + 1024  # which the system takes
+        limits = [
+            has.warps // self.num_warps,
+            has.blocks,
+            has.registers // registers // self.num_warps,
+        ]
+        if shared:
+            limits.append(has.shared // shared)
+        if self.tensor_memory:
+            limits.append(TENSOR_MEMORY // self.tensor_memory)
+        return min(limits)
 
     @property
     def spills(self) -> int:
@@ -85,16 +141,21 @@ class Launch:
         return self._count(r"STG.*\.(128|256)|(global|buffer)_store\w*(x4|b128)")
 
     @property
+    def bulk_copies(self) -> int:
+        """Copies of whole tiles by the tensor memory accelerator, either way."""
+        return self._count(r"UTMA(LDG|STG|REDG)|UBLKCP")
+
+    @property
     def tensor_core(self) -> dict[str, int]:
         """Matrix instructions by kind: HMMA, HGMMA (sm_90), UTC*MMA (sm_100), MFMA (AMD)."""
-        kinds: Counter[str] = Counter()
-        for opcode, count in self.opcodes.items():
+        found: Counter[str] = Counter()
+        for opcode, count in self.code.opcodes.items():
             if kind := re.match(r"H?G?MMA|UTC\w*MMA|v_(mfma)", opcode):
-                kinds[(kind[1] or kind[0]).upper()] += count
-        return dict(kinds)
+                found[(kind[1] or kind[0]).upper()] += count
+        return dict(found)
 
     def _count(self, pattern: str) -> int:
-        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
+        return sum(n for opcode, n in self.code.opcodes.items() if re.match(pattern, opcode))
 
 
 @contextlib.contextmanager
@@ -102,7 +163,7 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
     """Compile for ``target`` what is launched on CPU tensors within this context.
 
     Args:
-        target: A key of ``SHARED_MEMORY``.
+        target: A key of ``MULTIPROCESSORS``.
         run: Whether the interpreter runs each launch too. Otherwise outputs stay uninitialised.
 
     Yields:
@@ -113,8 +174,8 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
         RuntimeError: ``TRITON_INTERPRET`` is set: kernels then cannot be compiled.
         OutOfResources: At a launch that needs more shared memory than ``target`` has.
     """
-    if target not in SHARED_MEMORY:
-        raise ValueError(f"target must be one of {', '.join(SHARED_MEMORY)}, got {target!r}")
+    if target not in MULTIPROCESSORS:
+        raise ValueError(f"target must be one of {', '.join(MULTIPROCESSORS)}, got {target!r}")
     if knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET set: unset it")
     compile_only = functools.partial(JITFunction.run, warmup=True)
@@ -123,7 +184,8 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
     def launch(kernel, grid, args, kwargs):
         binary = compile_only(kernel, *args, grid=grid, **kwargs)
         _check_resources(binary, target)
-        launches.append(_inspect(kernel, binary, target, _dimensions(kernel, grid, args, kwargs)))
+        arguments = _bound(kernel, args, kwargs)
+        launches.append(_inspect(kernel, binary, target, grid, arguments))
         if run:
             execute(kernel, grid, args, kwargs)
 
@@ -177,7 +239,7 @@ class _Driver:
 
 def _check_resources(binary: Any, target: str) -> None:
     """What Triton checks when it loads a kernel on the target."""
-    shared, limit = binary.metadata.shared, SHARED_MEMORY[target]
+    shared, limit = binary.metadata.shared, MULTIPROCESSORS[target].shared_a_block
     if shared > limit:
         raise OutOfResources(shared, limit, "shared memory")
     tensor = getattr(binary.metadata, "tmem_size", None) or 0
@@ -185,50 +247,33 @@ def _check_resources(binary: Any, target: str) -> None:
         raise OutOfResources(tensor, TENSOR_MEMORY, "tensor memory")
 
 
-def _dimensions(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict) -> tuple[int, int, int]:
-    if callable(grid):
-        named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-        bound = kernel.signature.bind(*args, **named)
-        bound.apply_defaults()
-        grid = grid(bound.arguments)
-    x, y, z = (*grid, 1, 1)[:3]
-    return int(x), int(y), int(z)
+def _bound(kernel: JITFunction, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The kernel's arguments by name."""
+    named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    bound = kernel.signature.bind(*args, **named)
+    bound.apply_defaults()
+    return bound.arguments
 
 
-def _inspect(kernel: JITFunction, binary: Any, target: str, grid: tuple[int, int, int]) -> Launch:
-    read = _read_amd if target.startswith("gfx") else _read_nvidia
-    source = binary.asm["amdgcn" if target.startswith("gfx") else "cubin"]
-    registers, stack, opcodes = read(source)
+def _inspect(
+    kernel: JITFunction, binary: Any, target: str, grid: Any, arguments: dict[str, Any]
+) -> Launch:
+    read, source = (read_amd, "amdgcn") if target.startswith("gfx") else (read_nvidia, "cubin")
+    dimensions = grid(arguments) if callable(grid) else grid
+    x, y, z = (*dimensions, 1, 1)[:3]
+    tensors = [x.dtype for x in arguments.values() if isinstance(x, torch.Tensor)]
+    floating = [dtype for dtype in tensors if dtype.is_floating_point] or tensors
+    metadata = binary.metadata
     return Launch(
         kernel=kernel.__name__,
         key=binary.hash,
-        grid=grid,
+        grid=(int(x), int(y), int(z)),
         target=target,
-        num_warps=binary.metadata.num_warps,
-        shared=binary.metadata.shared,
-        registers=registers,
-        stack=stack,
-        opcodes=opcodes,
+        dtype=str(min(floating, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
+        constants={p.name: arguments[p.name] for p in kernel.params if p.is_constexpr},
+        num_warps=getattr(metadata, "total_num_warps", None) or metadata.num_warps,
+        num_stages=metadata.num_stages,
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        code=read(binary.asm[source], binary.asm["ttgir"]),
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _read_nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
-    """Registers, stack and instructions, from the ``cuobjdump`` that Triton carries."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"  # address, predicate, opcode
-    opcodes = Counter(re.findall(line, text, re.MULTILINE))
-    del opcodes["NOP"]  # padding
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], opcodes
-
-
-@functools.lru_cache(maxsize=256)
-def _read_amd(assembly: str) -> tuple[int, int, Counter[str]]:
-    usage = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
-    opcodes = Counter(re.findall(r"^\t((?:v|s|ds|global|buffer|flat|scratch)_\w+)", assembly, re.M))
-    return int(usage["vgpr_count"]), int(usage["private_segment_fixed_size"]), opcodes
