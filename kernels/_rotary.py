@@ -16,8 +16,6 @@ from torch import Tensor
 
 from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit
 
-# heads that share their angles in a program: with more, too few programs wait for memory at a time
-HEADS_A_PART = tl.constexpr(4)
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
 
@@ -83,29 +81,20 @@ def load_frequencies(table_ptr, offs_i, mask_i, NUM_PAIRS: tl.constexpr):
 
 
 @triton.jit
-def tile_and_part(NUM_Q_HEADS: tl.constexpr, NUM_K_HEADS: tl.constexpr):
-    """Which tokens a program turns, and which of their heads."""
-    num_parts = tl.cdiv(NUM_Q_HEADS, HEADS_A_PART) + tl.cdiv(NUM_K_HEADS, HEADS_A_PART)
-    pid = tl.program_id(0)
-    return (pid // num_parts).to(tl.int64), pid % num_parts
-
-
-@triton.jit
 def _rotate(a, b, cos, sin):
     # left to the compiler, either product is fused with the sum, and bits differ within a tile
     return tl.fma(a, cos, -b * sin), tl.fma(b, cos, a * sin)
 
 
 @triton.jit
-def _rotate_heads(
+def _rotate_tensor(
     x_ptr,  # [T, H, D]
     out_ptr,  # [T, H, D], contiguous
     stride_x_t,
     stride_x_h,
-    first_head,
     offs_t,
     mask_t,
-    cos,  # [BLOCK_T, BLOCK_I]
+    cos,  # [BLOCK_T, 1, BLOCK_I]
     sin,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -113,26 +102,28 @@ def _rotate_heads(
     INTERLEAVED: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
 ):
     # strides come divided by STRIDE_UNIT, so that the compiler knows they are its multiples
-    first_x = offs_t[:, None] * stride_x_t + first_head.to(tl.int64) * stride_x_h
-    x_ptrs = x_ptr + first_x * STRIDE_UNIT
-    out_ptrs = out_ptr + offs_t[:, None] * (NUM_HEADS * HEAD_DIM) + first_head * HEAD_DIM
-    offs_i = tl.arange(0, BLOCK_I)[None, :]
-    offs_pair = tl.arange(0, 2 * BLOCK_I)[None, :]
-    offs_pass = 2 * NUM_PAIRS + tl.arange(0, BLOCK_PASS)[None, :]
-    mask = mask_t[:, None] & (offs_i < NUM_PAIRS)
-    mask_pair = mask_t[:, None] & (offs_pair < 2 * NUM_PAIRS)
-    mask_pass = mask_t[:, None] & (offs_pass < HEAD_DIM)
+    offs_t = offs_t[:, None, None]
+    offs_h = tl.arange(0, BLOCK_H)[None, :, None]
+    x_ptrs = x_ptr + (offs_t * stride_x_t + offs_h.to(tl.int64) * stride_x_h) * STRIDE_UNIT
+    out_ptrs = out_ptr + offs_t * (NUM_HEADS * HEAD_DIM) + offs_h * HEAD_DIM
+    offs_i = tl.arange(0, BLOCK_I)[None, None, :]
+    offs_pair = tl.arange(0, 2 * BLOCK_I)[None, None, :]
+    offs_pass = 2 * NUM_PAIRS + tl.arange(0, BLOCK_PASS)[None, None, :]
 
-    for _ in range(tl.minimum(NUM_HEADS - first_head, HEADS_A_PART)):
+    for _ in range(0, NUM_HEADS, BLOCK_H):
+        mask_th = mask_t[:, None, None] & (offs_h < NUM_HEADS)
+        mask = mask_th & (offs_i < NUM_PAIRS)
         if INTERLEAVED:
+            mask_pair = mask_th & (offs_pair < 2 * NUM_PAIRS)
             x = tl.load(x_ptrs + offs_pair, mask=mask_pair, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_I, 2)))
+            a, b = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_H, BLOCK_I, 2)))
             a, b = _rotate(a, b, cos, sin)
-            y = tl.reshape(tl.join(a, b), (BLOCK_T, 2 * BLOCK_I))
+            y = tl.reshape(tl.join(a, b), (BLOCK_T, BLOCK_H, 2 * BLOCK_I))
             tl.store(out_ptrs + offs_pair, y, mask=mask_pair)
         else:
             a = tl.load(x_ptrs + offs_i, mask=mask, other=0.0).to(tl.float32)
@@ -141,14 +132,16 @@ def _rotate_heads(
             tl.store(out_ptrs + offs_i, a, mask=mask)
             tl.store(out_ptrs + NUM_PAIRS + offs_i, b, mask=mask)
         if HEAD_DIM > 2 * NUM_PAIRS:
+            mask_pass = mask_th & (offs_pass < HEAD_DIM)
             passed = tl.load(x_ptrs + offs_pass, mask=mask_pass, other=0.0)
             tl.store(out_ptrs + offs_pass, passed, mask=mask_pass)
-        x_ptrs += stride_x_h * STRIDE_UNIT
-        out_ptrs += HEAD_DIM
+        offs_h += BLOCK_H
+        x_ptrs += stride_x_h.to(tl.int64) * (BLOCK_H * STRIDE_UNIT)
+        out_ptrs += BLOCK_H * HEAD_DIM
 
 
 @triton.jit
-def rotate_part(
+def rotate_heads(
     q_ptr,  # [T, Hq, D]
     k_ptr,  # [T, Hk, D]
     q_out_ptr,  # [T, Hq, D], contiguous
@@ -157,7 +150,6 @@ def rotate_part(
     stride_q_h,
     stride_k_t,
     stride_k_h,
-    part,
     offs_t,
     mask_t,
     cos,  # [BLOCK_T, BLOCK_I]
@@ -169,23 +161,20 @@ def rotate_part(
     INTERLEAVED: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
 ):
-    """Turn a part of the heads of BLOCK_T tokens by the same angles."""
-    num_q_parts = tl.cdiv(NUM_Q_HEADS, HEADS_A_PART)
-    if part < num_q_parts:
-        _rotate_heads(
-            q_ptr, q_out_ptr, stride_q_t, stride_q_h, part * HEADS_A_PART, offs_t, mask_t, cos,
-            sin, NUM_Q_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_I,
-            BLOCK_PASS,
-        )  # fmt: skip
-    else:
-        _rotate_heads(
-            k_ptr, k_out_ptr, stride_k_t, stride_k_h, (part - num_q_parts) * HEADS_A_PART, offs_t,
-            mask_t, cos, sin, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T,
-            BLOCK_I, BLOCK_PASS,
-        )  # fmt: skip
+    """Turn all heads of BLOCK_T tokens by the same angles, BLOCK_H at a time."""
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    _rotate_tensor(
+        q_ptr, q_out_ptr, stride_q_t, stride_q_h, offs_t, mask_t, cos, sin, NUM_Q_HEADS, HEAD_DIM,
+        NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
+    )  # fmt: skip
+    _rotate_tensor(
+        k_ptr, k_out_ptr, stride_k_t, stride_k_h, offs_t, mask_t, cos, sin, NUM_K_HEADS, HEAD_DIM,
+        NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
+    )  # fmt: skip
 
 
 def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **constants):
@@ -200,9 +189,9 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
         return q_out, k_out
     unit = stride_unit(q, k)
     block_i = triton.next_power_of_2(num_pairs)
-    block_t = max(1, 1024 // block_i)
-    num_parts = sum(triton.cdiv(x.shape[1], HEADS_A_PART.value) for x in (q, k))
-    kernel[(triton.cdiv(num_tokens, block_t) * num_parts,)](
+    block_h = min(triton.next_power_of_2(max(num_q_heads, k.shape[1], 1)), 4)
+    block_t = max(1, 1024 // (block_i * block_h))
+    kernel[(triton.cdiv(num_tokens, block_t),)](
         q,
         k,
         q_out,
@@ -216,9 +205,10 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
         NUM_PAIRS=num_pairs,
         STRIDE_UNIT=unit,
         BLOCK_T=block_t,
+        BLOCK_H=block_h,
         BLOCK_I=block_i,
         BLOCK_PASS=triton.next_power_of_2(max(head_dim - 2 * num_pairs, 1)),
-        num_warps=4,
+        num_warps=2,
         **compiler_options(),
         **constants,
     )

@@ -23,6 +23,21 @@ def find_grid(geometry_ptr, num_grids, search_steps, tokens, COLUMNS: tl.constex
 
 
 @triton.jit
+def find_grids(geometry_ptr, num_grids, search_steps, first, COUNT: tl.constexpr):
+    """The same for ``COUNT`` tokens from ``first`` on: a search for the first, then onwards."""
+    low = find_grid(geometry_ptr, num_grids, search_steps, first)
+    grid = tl.zeros((COUNT,), tl.int32) + low
+    tokens = first + tl.arange(0, COUNT)
+    following = low + 1
+    begin = tl.load(geometry_ptr + following.to(tl.int64) * 3)
+    while (following < num_grids) & (begin < first + COUNT):
+        grid += (begin <= tokens).to(tl.int32)
+        following += 1
+        begin = tl.load(geometry_ptr + following.to(tl.int64) * 3)
+    return grid
+
+
+@triton.jit
 def token_to_cell(token, num_cols, MERGE: tl.constexpr):
     """Row and column of a frame's token, counted from the frame's first, in merge-block order."""
     block = token // (MERGE * MERGE)
@@ -81,10 +96,10 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def stride_unit(*tensors: Tensor) -> int:
-    """What divides all strides but the last: 8 elements, so that loads are wide, or 1."""
+def stride_unit(*tensors: Tensor, unit: int = 8) -> int:
+    """What divides all strides but the last: ``unit`` elements, so that loads are wide, or 1."""
     strides = [stride for x in tensors for stride in x.stride()[:-1]]
-    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return unit if all(stride % unit == 0 for stride in strides) else 1
 
 
 @triton.jit
@@ -117,10 +132,10 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def architecture() -> int | None:
-    """Of the NVIDIA GPU that kernels are compiled for, such as 90, or None."""
+def architecture() -> int | str | None:
+    """Of the GPU that kernels are compiled for: 90 for sm_90, "gfx942", or None without one."""
     target = current_target()
-    return None if target is None or target.backend != "cuda" else target.arch
+    return None if target is None else target.arch
 
 
 def compiler_options(*, fp_fusion: bool = True) -> dict[str, Any]:
@@ -129,7 +144,7 @@ def compiler_options(*, fp_fusion: bool = True) -> dict[str, Any]:
     Without ``fp_fusion`` no product is fused with a sum. Of two products that are added either may
     be, and which one differs within a tile: a sum of products then has other bits elsewhere.
     """
-    if architecture() is None:
+    if not isinstance(architecture(), int):
         return {"enable_fp_fusion": fp_fusion}
     # all registers a thread may have: left alone, ptxas spills some to fit one more block
     return {"enable_fp_fusion": fp_fusion, "maxnreg": 255}

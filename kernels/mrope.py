@@ -13,8 +13,7 @@ from patchpack.kernels._rotary import (
     frequency_table,
     launch,
     load_frequencies,
-    rotate_part,
-    tile_and_part,
+    rotate_heads,
 )
 
 
@@ -44,12 +43,13 @@ def _rotate_multimodal_kernel(
     NUM_PAIRS: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
 ):
-    """One program turns a part of the heads of BLOCK_T tokens. INVERSE: back (the adjoint)."""
-    tile, part = tile_and_part(NUM_Q_HEADS, NUM_K_HEADS)
-    offs_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One program turns all heads of BLOCK_T tokens. INVERSE: back (the adjoint)."""
+    first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
+    offs_t = first_t + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     offs_i = tl.arange(0, BLOCK_I)
 
@@ -68,10 +68,10 @@ def _rotate_multimodal_kernel(
     if INVERSE:
         sin = -sin
 
-    rotate_part(
-        q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, part,
-        offs_t, mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED,
-        STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
+    rotate_heads(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, offs_t,
+        mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT,
+        BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._rotary import launch, rotate_part, tile_and_part
+from patchpack.kernels._rotary import launch, rotate_heads
+from patchpack.kernels._tiles import stride_unit
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -16,7 +17,7 @@ def _rotate_kernel(
     k_out_ptr,  # [T, Hk, D]
     cos_ptr,  # [T, R]
     sin_ptr,  # [T, R]
-    # sizes and strides, of q and k in units of STRIDE_UNIT elements
+    # sizes and strides, of rows in units of TABLE_UNIT and STRIDE_UNIT elements
     stride_cos_t,
     stride_cos_i,
     stride_sin_t,
@@ -27,6 +28,7 @@ def _rotate_kernel(
     stride_k_t,
     stride_k_h,
     # compile-time
+    TABLE_UNIT: tl.constexpr,
     INVERSE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
@@ -35,39 +37,42 @@ def _rotate_kernel(
     NUM_PAIRS: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
 ):
-    """One program turns a part of the heads of BLOCK_T tokens. INVERSE: back (the adjoint)."""
-    tile, part = tile_and_part(NUM_Q_HEADS, NUM_K_HEADS)
-    offs_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One program turns all heads of BLOCK_T tokens. INVERSE: back (the adjoint)."""
+    first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
+    offs_t = first_t + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     offs_i = tl.arange(0, BLOCK_I)
     mask = mask_t[:, None] & (offs_i < NUM_PAIRS)[None, :]
 
-    cos_ptrs = cos_ptr + offs_t[:, None] * stride_cos_t + offs_i[None, :] * stride_cos_i
-    sin_ptrs = sin_ptr + offs_t[:, None] * stride_sin_t + offs_i[None, :] * stride_sin_i
+    cos_ptrs = cos_ptr + offs_t[:, None] * stride_cos_t * TABLE_UNIT + offs_i * stride_cos_i
+    sin_ptrs = sin_ptr + offs_t[:, None] * stride_sin_t * TABLE_UNIT + offs_i * stride_sin_i
     cos = tl.load(cos_ptrs, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptrs, mask=mask, other=0.0).to(tl.float32)
     if INVERSE:
         sin = -sin
 
-    rotate_part(
-        q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, part,
-        offs_t, mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED,
-        STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
+    rotate_heads(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, offs_t,
+        mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT,
+        BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 
 def rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    unit = stride_unit(cos, sin, unit=4)
     return launch(
         _rotate_kernel,
         q,
         k,
-        (cos, sin, *cos.stride(), *sin.stride()),
+        (cos, sin, cos.stride(0) // unit, cos.stride(1), sin.stride(0) // unit, sin.stride(1)),
         cos.shape[-1],
+        TABLE_UNIT=unit,
         INVERSE=inverse,
         INTERLEAVED=interleaved,
     )

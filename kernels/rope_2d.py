@@ -13,10 +13,9 @@ from patchpack.kernels._rotary import (
     frequency_table,
     launch,
     load_frequencies,
-    rotate_part,
-    tile_and_part,
+    rotate_heads,
 )
-from patchpack.kernels._tiles import find_grid, token_to_cell
+from patchpack.kernels._tiles import find_grids, token_to_cell
 
 
 @triton.jit(do_not_specialize=["num_grids", "search_steps", "num_tokens"])
@@ -46,17 +45,18 @@ def _rotate_2d_kernel(
     NUM_PAIRS: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
 ):
-    """One program turns a part of the heads of BLOCK_T tokens. INVERSE: back (the adjoint)."""
-    tile, part = tile_and_part(NUM_Q_HEADS, NUM_K_HEADS)
-    offs_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One program turns all heads of BLOCK_T tokens. INVERSE: back (the adjoint)."""
+    first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
+    offs_t = first_t + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     offs_i = tl.arange(0, BLOCK_I)
 
     # row and column of each token, from the sizes of the images alone
-    grid = find_grid(geometry_ptr, num_grids, search_steps, offs_t)
+    grid = find_grids(geometry_ptr, num_grids, search_steps, first_t, BLOCK_T)
     first = tl.load(geometry_ptr + grid * 3)
     num_rows = tl.load(geometry_ptr + grid * 3 + 1).to(tl.int32)
     num_cols = tl.load(geometry_ptr + grid * 3 + 2).to(tl.int32)
@@ -69,10 +69,10 @@ def _rotate_2d_kernel(
     if INVERSE:
         sin = -sin
 
-    rotate_part(
-        q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, part,
-        offs_t, mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED,
-        STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
+    rotate_heads(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, offs_t,
+        mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT,
+        BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 

@@ -546,44 +546,75 @@ def _pieces(head_dim: int) -> tuple[int, int]:
 
 
 # BLOCK_Q, BLOCK_K, warps and stages of each pass, by the largest head size they are for: tiles that
-# spill no registers on sm_80, sm_90 and sm_100, whatever the window. They do not depend on lengths,
-# on which the bits of a segment would then depend
-_TILES = {
-    "fwd": {64: (64, 32, 4, 2), 80: (64, 64, 4, 2), 96: (64, 32, 4, 1), 128: (64, 64, 4, 2)},
-    "dq": {80: (64, 32, 4, 2), 96: (64, 32, 4, 1), 128: (64, 32, 4, 2)},
-    "dkv": {128: (16, 64, 4, 1)},
+# spill no registers, whatever the mask, ranked by bench/compiled/model.py for segments of 64 to
+# 4096 rows. They do not depend on lengths, on which the bits of a segment would then depend
+_TILES = {  # sm_80, sm_86, sm_89, sm_120: at most 99 KiB of shared memory
+    "fwd": {
+        72: (64, 32, 4, 3),
+        80: (64, 64, 4, 2),
+        96: (64, 32, 4, 2),
+        128: (64, 64, 4, 2),
+    },
+    "dq": {64: (64, 32, 4, 2), 72: (64, 32, 4, 1), 96: (128, 32, 8, 2), 128: (64, 32, 4, 2)},
+    "dkv": {64: (32, 64, 4, 2), 72: (16, 64, 4, 1), 80: (16, 128, 8, 3), 128: (16, 64, 4, 2)},
 }
 _TILES_SM_90 = {  # by times on an H200, over segments of 64, 620 and 4096: none is best for all
-    "fwd": {64: (64, 64, 4, 3), 80: (128, 64, 4, 3), 96: (64, 32, 4, 3), 128: (64, 64, 4, 3)},
-    "dq": {128: (64, 32, 4, 3)},
+    "fwd": {64: (64, 64, 4, 3), 80: (128, 64, 4, 3), 128: (64, 64, 4, 3)},
+    "dq": {96: (64, 64, 4, 3), 128: (64, 64, 4, 2)},
     "dkv": {128: (32, 64, 4, 3)},
-    "dkv of a group": {
+    "dkv, masked": {
         80: (32, 64, 4, 3),
         96: (32, 128, 8, 3),
         112: (16, 64, 4, 3),
         128: (32, 128, 8, 3),
     },
 }
+_TILES_SM_100 = {
+    "fwd": {80: (128, 64, 4, 3), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
+    "dq": {64: (128, 64, 4, 3), 96: (128, 32, 4, 3), 128: (64, 64, 8, 2)},
+    "dkv": {64: (32, 64, 4, 3), 128: (64, 64, 8, 1)},
+    "fwd, masked": {80: (128, 64, 4, 1), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
+    "dkv, masked": {64: (32, 64, 4, 1), 128: (64, 64, 8, 1)},
+}
+_TILES_AMD = {  # at most 64 KiB of shared memory
+    "fwd": {64: (128, 32, 4, 3), 96: (128, 32, 4, 1), 128: (128, 64, 8, 2)},
+    "dq": {64: (128, 32, 4, 2), 96: (128, 32, 4, 1), 128: (128, 32, 8, 2)},
+    "dkv": {64: (16, 64, 4, 1), 80: (16, 128, 8, 2), 128: (16, 64, 4, 1)},
+}
 _TILES_FLOAT32 = {
     "fwd": {128: (32, 32, 8, 1)},
     "dq": {128: (32, 16, 8, 1)},  # one shape for both, so that their products have the same bits
     "dkv": {128: (32, 16, 8, 1)},
 }
+_TILES_OF = {
+    90: _TILES_SM_90,
+    100: _TILES_SM_100,
+    103: _TILES_SM_100,
+    "gfx942": _TILES_AMD,
+    "gfx950": _TILES_AMD,
+}
 
 
 @lru_cache
 def _tiles(
-    pass_name: str, head_dim: int, group: int, dtype: torch.dtype, architecture: int | None
+    pass_name: str,
+    head_dim: int,
+    masked: bool,
+    dtype: torch.dtype,
+    architecture: int | str | None,
 ) -> dict[str, int]:
-    """Pieces of a head, tile sizes, warps and stages of a pass."""
+    """Pieces of a head, tile sizes, warps and stages of a pass.
+
+    ``masked`` says that keys are masked or shared by heads, which takes registers.
+    """
     float32 = dtype == torch.float32
+    passes = _TILES_FLOAT32 if float32 else _TILES_OF.get(architecture, _TILES)
     pieces = _pieces(head_dim)
-    if pieces == (128, 0) and (float32 or pass_name == "dkv"):
-        pieces = 64, 64  # what is held of a head at once is half as much
-    passes = _TILES_FLOAT32 if float32 else _TILES_SM_90 if architecture == 90 else _TILES
+    if pieces == (128, 0) and (float32 or (pass_name != "fwd" and passes is not _TILES_SM_100)):
+        pieces = 64, 64  # what registers hold of a head at once is half as much
     tiles = passes[pass_name]
-    if group > 1:  # query heads share keys
-        tiles = passes.get(f"{pass_name} of a group", tiles)
+    if masked:
+        tiles = passes.get(f"{pass_name}, masked", tiles)
     names = ("D0", "D1", "BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
     largest = min(size for size in tiles if size >= head_dim)
     return dict(zip(names, (*pieces, *tiles[largest]), strict=True))
@@ -626,7 +657,8 @@ def attend(
     if num_q_tokens == 0:
         return out, lse
     strides, constants = _arguments(q, k, v, left, right)
-    kind = q.shape[2], q.shape[1] // k.shape[1], q.dtype, architecture()
+    masked = constants["HAS_LEFT"] or constants["HAS_RIGHT"] or constants["GROUP"] > 1
+    kind = q.shape[2], masked, q.dtype, architecture()
     tiles = _tiles("fwd", *kind)
     _attend_fwd_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
         q,
@@ -675,7 +707,8 @@ def attend_bwd(
     compensated = q.dtype == torch.float32
     norm = torch.empty_like(lse) if compensated else delta
     strides, constants = _arguments(q, k, v, left, right)
-    kind = q.shape[2], q.shape[1] // k.shape[1], q.dtype, architecture()
+    masked = constants["HAS_LEFT"] or constants["HAS_RIGHT"] or constants["GROUP"] > 1
+    kind = q.shape[2], masked, q.dtype, architecture()
     scalars = (softmax_scale, left, right)
     steps = num_segments.bit_length()
     if num_q_tokens:

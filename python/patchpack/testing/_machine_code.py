@@ -80,7 +80,7 @@ def read_nvidia(cubin: bytes, ttgir: str) -> Code:
     for _, predicate, opcode, operands in found:
         target, falls = None, True
         if opcode.startswith("BRA"):
-            target = places.get(int(operands.split()[-1].strip("`()"), 16))
+            target = places[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]
             falls = bool(predicate) or "P" in operands
         elif opcode in ("EXIT", "RET"):
             falls = bool(predicate)
