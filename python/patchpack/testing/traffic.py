@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
@@ -79,15 +80,15 @@ class Totals:
     """What the launches of one pass move, against what any would have to."""
 
     launches: tuple[Launch, ...]
-    compulsory: int
+    compulsory: int  # bytes
 
     @property
-    def unique(self) -> float:
+    def unique_ratio(self) -> float:
         """Distinct bytes of each launch over compulsory ones."""
         return sum(launch.unique for launch in self.launches) / self.compulsory
 
     @property
-    def requested(self) -> float:
+    def requested_ratio(self) -> float:
         """Bytes of all lanes over compulsory ones."""
         return sum(launch.requested for launch in self.launches) / self.compulsory
 
@@ -122,8 +123,8 @@ def session(*addressed: Tensor) -> Iterator[list[Launch]]:
             launches.append(_complete(trace.launch(kernel.__name__), outputs[-1]))
 
     @contextlib.contextmanager
-    def launching():  # an operator's code runs without the mode around it
-        with interpreted(), allocations:
+    def launching(run=None):  # an operator's code runs without the mode around it
+        with interpreted(run), allocations:
             yield
 
     with (
@@ -153,7 +154,7 @@ def compulsory(*values: Any) -> int:
     for x in _tensors_of(values):
         mask = elements.setdefault(_address(x), np.zeros(_num_bytes(x), bool))
         mask |= _elements(x)
-    return sum(np.count_nonzero(mask) for mask in elements.values())
+    return sum(int(np.count_nonzero(mask)) for mask in elements.values())
 
 
 def measure(
@@ -248,7 +249,7 @@ def _complete(launch: Launch, outputs: dict[str, _Output]) -> Launch:
     """``launch`` with what is unwritten by now."""
     arguments = dict(launch.arguments)
     for name, (undefined, elements) in outputs.items():
-        unwritten = np.count_nonzero(undefined & elements)
+        unwritten = int(np.count_nonzero(undefined & elements))
         arguments[name] = replace(arguments[name], unwritten=unwritten)
     unwritten = sum(argument.unwritten for argument in arguments.values())
     return replace(launch, arguments=arguments, unwritten=unwritten)
@@ -440,7 +441,7 @@ class _Trace:
     def access(
         self, pointers: np.ndarray, mask: np.ndarray, size: int, kind: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Note that the lanes of ``mask`` load or store; return addresses, and which may be used."""
+        """Note that lanes load or store; return their addresses, and which of them are inside."""
         lanes = pointers[mask]
         if not lanes.size:
             return pointers, mask
@@ -452,12 +453,14 @@ class _Trace:
             lanes, tags, places = lanes[inside], tags[inside], places[inside]
             allowed = mask.copy()
             allowed[mask] = inside
-        count = lanes.size // max(tags.size, 1) * size
-        self.requested += np.bincount(tags, minlength=len(self.first)) * count
+        ways = 2 if kind == _ATOMIC else 1
+        lanes_a_tag = lanes.size // max(tags.size, 1)
+        requested = np.bincount(tags, minlength=len(self.first)) * (lanes_a_tag * size * ways)
+        self.requested += requested
         sectors = (lanes & _ADDRESS) // SECTOR
         # runs first: there are few of them to sort
         runs = np.append(sectors[1:][sectors[1:] != sectors[:-1]], sectors[:1])
-        self.sectors += np.unique(runs).size * SECTOR
+        self.sectors += np.unique(runs).size * SECTOR * ways
 
         memory = self.memory.view(f"u{size}")
         cells = (self.memory_start[tags] + places) // size
@@ -535,41 +538,40 @@ def _follow(trace: _Trace, base: Any) -> type:
     """The interpreter's operations, those on memory followed."""
 
     def access(pointers, mask, kind):
-        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
-        lanes = np.broadcast_to(mask, pointers.data.shape)
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        lanes = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
         addresses, allowed = trace.access(pointers.data, lanes, size, kind)
-        return TensorHandle(addresses, pointers.dtype), allowed
+        return TensorHandle(addresses, pointers.dtype), TensorHandle(allowed, tl.int1)
 
     class Builder(base):
         def set_grid_idx(self, x, y, z):
             trace.end_program()
             super().set_grid_idx(x, y, z)
 
-        def create_masked_load(self, ptrs, mask, *rest):
-            addresses, allowed = access(ptrs, mask.data.astype(bool), _READ)
-            return super().create_masked_load(addresses, TensorHandle(allowed, mask.dtype), *rest)
+        def create_masked_load(self, ptrs, mask, *rest, **options):
+            addresses, allowed = access(ptrs, mask, _READ)
+            return super().create_masked_load(addresses, allowed, *rest, **options)
 
         def create_masked_store(self, ptrs, value, mask, *rest):
-            addresses, allowed = access(ptrs, mask.data.astype(bool), _WRITTEN)
-            super().create_masked_store(addresses, value, TensorHandle(allowed, mask.dtype), *rest)
-            size = value.data.itemsize
-            stored = interpreter._interpreter.load(
-                addresses.data, allowed, value.data, value.data.dtype
+            addresses, allowed = access(ptrs, mask, _WRITTEN)
+            super().create_masked_store(addresses, value, allowed, *rest)
+            found = interpreter._interpreter.load(
+                addresses.data, allowed.data, value.data, value.data.dtype
             )
-            lost = stored.view(f"u{size}") != value.data.view(f"u{size}")
+            bits = f"u{value.data.itemsize}"
+            lost = found.view(bits) != value.data.view(bits)
             if lost.any():  # another lane stored to the same place
-                trace.race(ptrs.data[lost], size)
+                trace.race(ptrs.data[lost], value.data.itemsize)
 
         def create_atomic_rmw(self, op, ptr, val, mask, *rest):
-            addresses, allowed = access(ptr, mask.data.astype(bool), _ATOMIC)
-            mask = TensorHandle(allowed, mask.dtype)
-            return super().create_atomic_rmw(op, addresses, val, mask, *rest)
+            addresses, allowed = access(ptr, mask, _ATOMIC)
+            return super().create_atomic_rmw(op, addresses, val, allowed, *rest)
 
         def create_atomic_cas(self, ptr, cmp, val, *rest):
-            addresses, allowed = access(ptr, np.ones(1, bool), _ATOMIC)
-            some = [TensorHandle(x.data[allowed], x.dtype) for x in (addresses, cmp, val)]
+            addresses, allowed = access(ptr, TensorHandle(np.ones(1, bool), tl.int1), _ATOMIC)
+            some = [TensorHandle(x.data[allowed.data], x.dtype) for x in (addresses, cmp, val)]
             old = cmp.data.copy()
-            old[allowed] = super().create_atomic_cas(*some, *rest).data
+            old[allowed.data] = super().create_atomic_cas(*some, *rest).data
             return TensorHandle(old, cmp.dtype.scalar)
 
     return Builder
