@@ -13,6 +13,7 @@ is counted are bytes; how many of them a cache serves is not to be had from it.
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,15 +44,16 @@ class Traffic:
 
     A program races with another of the launch if one of them writes what the other reads or writes,
     unless both do so atomically, and with itself if two lanes store different values to one place.
+    An atomic loads and stores.
     """
 
-    requested: int  # bytes of all lanes of loads and stores that are not masked; atomics are both
+    requested: int  # bytes of lanes that load or store, neither masked nor out of bounds
     read: int  # distinct bytes
     written: int  # distinct bytes
     out_of_bounds: int  # lanes outside of the elements, or across them; they are left out
     uninitialised: int  # distinct bytes read before anything wrote them
     races: int  # distinct bytes of lanes that race
-    unwritten: int  # bytes first passed to this launch that nothing has written: see ``session``
+    unwritten: int = 0  # bytes first passed to this launch that nothing wrote: see ``session``
 
     @property
     def unique(self) -> int:
@@ -116,10 +118,11 @@ def session(*addressed: Tensor) -> Iterator[list[Launch]]:
         named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
         values = inspect.getcallargs(kernel.fn, *args, **named)
         with replaced(allocations, "paused", True):
-            trace = _Trace(values, addressed, allocations)
+            layout = _Layout(values, [*addressed, *allocations.tensors] if addressed else [])
+            trace = _Trace(layout, allocations.undefined)
             with trace.followed():
                 execute(kernel, grid, args, kwargs)
-            outputs.append(allocations.first_passed(trace.arguments))
+            outputs.append(allocations.first_passed(layout.arguments))
             launches.append(_complete(trace.launch(kernel.__name__), outputs[-1]))
 
     @contextlib.contextmanager
@@ -340,75 +343,88 @@ def _same_elements(x: Any) -> tuple:
     return x.data_ptr(), x.element_size(), tuple(x.shape), x.stride()
 
 
-class _Regions:
-    """Arrays of bytes end to end, each as aligned as the memory that it describes."""
+def _end_to_end(storages: Iterable[Tensor]) -> tuple[list[slice], int]:
+    """Parts of an array, as aligned as the storages of tensors that they describe; its size."""
+    parts, end = [], 0
+    for x in storages:
+        begin = end + _address(x) % _ALIGNMENT
+        parts.append(slice(begin, begin + _num_bytes(x)))
+        end = begin + _num_bytes(x)
+        end += -end % _ALIGNMENT
+    return parts, end + _ALIGNMENT  # a last part that is nobody's
 
-    def __init__(self) -> None:
-        self.parts: list[np.ndarray] = []
-        self.end = 0
 
-    def append(self, part: np.ndarray, address: int) -> slice:
-        before, after = address % _ALIGNMENT, -(address + part.size) % _ALIGNMENT
-        self.parts.append(np.pad(part.astype(np.uint8), (before, after)))
-        begin, self.end = self.end + before, self.end + before + part.size + after
-        return slice(begin, begin + part.size)
+class _Layout:
+    """Where the pointers of one launch may lead.
 
-    def join(self) -> np.ndarray:
-        self.parts.append(np.zeros(_ALIGNMENT, np.uint8))  # what belongs to no region
-        return np.concatenate(self.parts)
+    Each tag has a storage, described by a part of an array ``memory`` that it may share with other
+    tags, and a part of ``elements`` that says which bytes of the storage are its own. Tag 0 is that
+    of addresses that no argument gave: those of ``addressed``, which have tags after the arguments.
+    """
+
+    def __init__(self, values: dict[str, Any], addressed: Iterable[Tensor]) -> None:
+        named = [pair for name, value in values.items() for pair in _tensors_in(name, value)]
+        alike: dict[tuple, list[tuple[str, Tensor]]] = {}
+        for name, x in named:
+            alike.setdefault(_same_elements(x), []).append((name, x))
+        self.arguments = {"+".join(n for n, _ in same): same[0][1] for same in alike.values()}
+        self.tags = {key: tag for tag, key in enumerate(alike, 1)}
+
+        by_storage: dict[int, list[Tensor]] = {}
+        for x in addressed:
+            by_storage.setdefault(_address(x), []).append(x)
+        reached = [by_storage[address] for address in sorted(by_storage)]
+        self.raw_addresses = np.array(sorted(by_storage), np.uint64)
+        self.raw_tags = np.array([0, *(len(alike) + 1 + i for i in range(len(reached)))], np.uint64)
+        self.names = [*self.arguments, *(f"addressed[{i}]" for i in range(len(reached)))]
+
+        groups = [*([x] for x in self.arguments.values()), *reached]
+        storages = {_address(x): x for x, *_ in groups}
+        parts, self.memory_size = _end_to_end(storages.values())
+        self.memory_of = dict(zip(storages, parts, strict=True))
+        self.in_memory = [self.memory_of[_address(x)] for x, *_ in groups]
+        self.in_elements, size = _end_to_end(x for x, *_ in groups)
+        self.elements = np.zeros(size, np.uint8)
+        for part, group in zip(self.in_elements, groups, strict=True):
+            for x in group:
+                self.elements[part] |= _elements(x)
+
+        # by tag; the last stands for all tags that do not exist
+        self.num_tags = len(groups) + 2
+        self.first = np.array([0, *(_address(x) for x, *_ in groups), 0], np.uint64)
+        self.size = np.array([0, *(_num_bytes(x) for x, *_ in groups), 0], np.uint64)
+        self.memory_start = np.array([0, *(part.start for part in self.in_memory), 0])
+        self.elements_start = np.array([0, *(part.start for part in self.in_elements), 0])
+
+    def locate(self, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tags (one, if all are alike) and places in ``memory`` of lanes, and whether inside."""
+        tags = lanes >> _TAG_SHIFT
+        if (tags == tags[0]).all():
+            tags = tags[:1]
+        if not tags.all():
+            storage = np.searchsorted(self.raw_addresses, lanes, side="right")
+            tags = np.where(tags == 0, self.raw_tags[storage], tags)
+        tags = np.minimum(tags, self.num_tags - 1).astype(np.int64)
+        offsets = (lanes & _ADDRESS) - self.first[tags]  # wraps far beyond the end
+        near = (offsets < self.size[tags]) & (lanes % size == 0)
+        offsets = np.where(near, offsets, 0).astype(np.int64)
+        own = self.elements.view(f"u{size}")[(self.elements_start[tags] + offsets) // size]
+        return tags, self.memory_start[tags] + offsets, near & (own == _in_each_byte(1, size))
 
 
 class _Trace:
-    """The memory that one launch may touch, and what it did there.
+    """What one launch does to each byte of memory."""
 
-    ``memory`` describes each byte of the storages once, ``elements`` says for each argument which
-    bytes of its storage are its own. Tag 0 is that of addresses that no argument gave.
-    """
-
-    def __init__(
-        self, values: dict[str, Any], addressed: Sequence[Tensor], allocations: _Allocations
-    ) -> None:
-        self.allocations = allocations
-        self.arguments: dict[str, Tensor] = {}
-        self.tags: dict[tuple, int] = {}
-        named = [pair for name, x in values.items() for pair in _tensors_in(name, x)]
-        for key in dict.fromkeys(_same_elements(x) for _, x in named):
-            same = [(name, x) for name, x in named if _same_elements(x) == key]
-            self.tags[key] = len(self.tags) + 1
-            self.arguments["+".join(name for name, _ in same)] = same[0][1]
-
-        reachable = [*addressed, *(allocations.tensors if addressed else ())]
-        by_storage: dict[int, list[Tensor]] = {}
-        for x in reachable:
-            by_storage.setdefault(_address(x), []).append(x)
-        groups = [[x] for x in self.arguments.values()]
-        groups += [by_storage[address] for address in sorted(by_storage)]
-        self.raw_addresses = np.array(sorted(by_storage), np.uint64)
-        self.raw_tags = np.array([0, *range(len(self.arguments) + 1, len(groups) + 1)], np.uint64)
-
-        memory, elements = _Regions(), _Regions()
-        self.storages: dict[int, slice] = {}
-        self.in_memory, self.in_elements = [slice(0, 0)], [slice(0, 0)]
-        for group in groups:
-            address = _address(group[0])
-            if address not in self.storages:
-                undefined = allocations.undefined.get(address, np.zeros(_num_bytes(group[0]), bool))
-                self.storages[address] = memory.append(undefined * _UNDEFINED, address)
-            own = functools.reduce(np.logical_or, map(_elements, group))
-            self.in_memory.append(self.storages[address])
-            self.in_elements.append(elements.append(own, address))
-        self.memory, self.elements = memory.join(), elements.join()
-        # by tag, and then once more for tags that do not exist
-        self.first = np.array([0, *(_address(group[0]) for group in groups), 0], np.uint64)
-        self.size = np.array([0, *(_num_bytes(group[0]) for group in groups), 0], np.uint64)
-        starts = [[part.start for part in parts] for parts in (self.in_memory, self.in_elements)]
-        self.memory_start, self.elements_start = (np.array([*x, 0], np.int64) for x in starts)
-
-        self.requested = np.zeros(len(self.first), np.int64)
-        self.out_of_bounds = np.zeros(len(self.first), np.int64)
+    def __init__(self, layout: _Layout, undefined: dict[int, np.ndarray]) -> None:
+        self.layout, self.undefined = layout, undefined
+        self.memory = np.zeros(layout.memory_size, np.uint8)
+        for address in layout.memory_of.keys() & undefined.keys():
+            self.memory[layout.memory_of[address]] = undefined[address] * _UNDEFINED
+        self.requested = np.zeros(layout.num_tags, np.int64)  # by tag
+        self.out_of_bounds = np.zeros(layout.num_tags, np.int64)
         self.sectors = 0
-        self.busy = 0
-        self.stores = False
+        self.busy = 0  # programs that stored
+        self.stores = False  # of the program that runs, and its accesses
         self.accesses: list[tuple[np.ndarray, np.ndarray, Any]] = []
 
     @contextlib.contextmanager
@@ -419,7 +435,8 @@ class _Trace:
         def tagged(value):
             argument = to_argument(value)
             if hasattr(value, "data_ptr"):
-                argument.handle.data |= np.uint64(self.tags[_same_elements(value)] << _TAG_SHIFT)
+                tag = self.layout.tags[_same_elements(value)]
+                argument.handle.data |= np.uint64(tag << _TAG_SHIFT)
             return argument
 
         with (
@@ -445,25 +462,19 @@ class _Trace:
         lanes = pointers[mask]
         if not lanes.size:
             return pointers, mask
-        tags, places, inside = self._locate(lanes, size)
-        allowed = mask
+        tags, places, inside = self.layout.locate(lanes, size)
+        tags = np.broadcast_to(tags, lanes.shape)
         if not inside.all():
-            tags, outside = np.broadcast_to(tags, lanes.shape), ~inside
-            self.out_of_bounds += np.bincount(tags[outside], minlength=len(self.first))
+            self.out_of_bounds += np.bincount(tags[~inside], minlength=self.layout.num_tags)
             lanes, tags, places = lanes[inside], tags[inside], places[inside]
-            allowed = mask.copy()
-            allowed[mask] = inside
+            mask = mask.copy()
+            mask[mask] = inside
         ways = 2 if kind == _ATOMIC else 1
-        lanes_a_tag = lanes.size // max(tags.size, 1)
-        requested = np.bincount(tags, minlength=len(self.first)) * (lanes_a_tag * size * ways)
-        self.requested += requested
-        sectors = (lanes & _ADDRESS) // SECTOR
-        # runs first: there are few of them to sort
-        runs = np.append(sectors[1:][sectors[1:] != sectors[:-1]], sectors[:1])
-        self.sectors += np.unique(runs).size * SECTOR * ways
+        self.requested += np.bincount(tags, minlength=self.layout.num_tags) * size * ways
+        self.sectors += _count_sectors(lanes) * SECTOR * ways
+        self.stores |= kind != _READ and lanes.size > 0
 
-        memory = self.memory.view(f"u{size}")
-        cells = (self.memory_start[tags] + places) // size
+        memory, cells = self.memory.view(f"u{size}"), places // size
         before = memory[cells]
         after = before.copy()
         if kind != _WRITTEN:
@@ -472,42 +483,26 @@ class _Trace:
         after[conflict != 0] |= _in_each_byte(_RACE, size)
         if kind != _READ:
             after &= ~_in_each_byte(_UNDEFINED, size)
-            self.stores |= lanes.size > 0
         memory[cells] = after
         self.accesses.append((memory, cells, _in_each_byte(kind, size)))
-        return pointers & _ADDRESS, allowed
+        return pointers & _ADDRESS, mask
 
     def race(self, pointers: np.ndarray, size: int) -> None:
         """Note that lanes, all of them inside, race."""
-        tags, places, _ = self._locate(pointers, size)
-        cells = (self.memory_start[tags] + places) // size
-        self.memory.view(f"u{size}")[cells] |= _in_each_byte(_RACE, size)
-
-    def _locate(self, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tags (one if all are alike), bytes from the first of the storage, and whether inside."""
-        tags = lanes >> _TAG_SHIFT
-        if (tags == tags[0]).all():
-            tags = tags[:1]
-        if not tags.all():
-            storage = np.searchsorted(self.raw_addresses, lanes, side="right")
-            tags = np.where(tags == 0, self.raw_tags[storage], tags)
-        tags = np.minimum(tags, len(self.first) - 1).astype(np.int64)
-        places = (lanes & _ADDRESS) - self.first[tags]  # far beyond the end if before the first
-        near = (places < self.size[tags]) & (lanes % size == 0)
-        places = np.where(near, places, 0).astype(np.int64)
-        elements = self.elements.view(f"u{size}")[(self.elements_start[tags] + places) // size]
-        return tags, places, near & (elements == _in_each_byte(1, size))
+        _, places, _ = self.layout.locate(pointers, size)
+        self.memory.view(f"u{size}")[places // size] |= _in_each_byte(_RACE, size)
 
     def launch(self, kernel: str) -> Launch:
-        for address, undefined in self.allocations.undefined.items():
-            if address in self.storages:
-                undefined[:] = self.memory[self.storages[address]] & _UNDEFINED
-        names = [*self.arguments, *(f"addressed[{i}]" for i in range(len(self.raw_addresses)))]
+        """The whole of it, once it has ended; what it wrote is no longer undefined."""
+        layout = self.layout
+        for address in layout.memory_of.keys() & self.undefined.keys():
+            self.undefined[address][:] = self.memory[layout.memory_of[address]] & _UNDEFINED
         arguments = {}
-        for tag, name in enumerate(names, 1):
-            own = self.elements[self.in_elements[tag]].astype(bool)
+        parts = zip(layout.names, layout.in_memory, layout.in_elements, strict=True)
+        for tag, (name, memory, elements) in enumerate(parts, 1):
+            own = layout.elements[elements] != 0
             arguments[name] = Traffic(
-                **_distinct_bytes(self.memory[self.in_memory[tag]][own]),
+                **_distinct_bytes(self.memory[memory][own]),
                 requested=int(self.requested[tag]),
                 out_of_bounds=int(self.out_of_bounds[tag]),
             )
@@ -517,10 +512,16 @@ class _Trace:
             out_of_bounds=int(self.out_of_bounds.sum()),
             kernel=kernel,
             grid=self.grid,
-            idle=int(np.prod(self.grid)) - self.busy,
+            idle=math.prod(self.grid) - self.busy,
             sectors=self.sectors,
             arguments=arguments,
         )
+
+
+def _count_sectors(lanes: np.ndarray) -> int:
+    sectors = (lanes & _ADDRESS) // SECTOR
+    runs = np.append(sectors[:1], sectors[1:][sectors[1:] != sectors[:-1]])  # few, to be sorted
+    return np.unique(runs).size
 
 
 def _distinct_bytes(memory: np.ndarray) -> dict[str, int]:
@@ -529,7 +530,6 @@ def _distinct_bytes(memory: np.ndarray) -> dict[str, int]:
         "written": _WRITTEN | _ATOMIC,
         "uninitialised": _READ_UNDEFINED,
         "races": _RACE,
-        "unwritten": 0,
     }
     return {name: int(np.count_nonzero(memory & bit)) for name, bit in bits.items()}
 
