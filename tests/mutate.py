@@ -1114,7 +1114,7 @@ FAULTS = [
     Fault(
         "traffic: a view is all of its buffer",
         "python/patchpack/testing/traffic.py",
-        "near & (elements == _in_each_byte(1, size))",
+        "near & (own == _in_each_byte(1, size))",
         "near",
         "tests/test_traffic.py -k between_the_rows",
     ),
