@@ -602,7 +602,7 @@ REPEATS = {
     "rope_2d, MoonViT, bfloat16": "1.058: sizes of its image are read once a token and part",
     "patchify, bytes": "1.091: mean and deviation are read once a column of a tile",
     "patchify, a clip": "1.091: mean and deviation are read once a column of a tile",
-    "assemble": "1.249: the layout is read once a token and tile of channels",
+    "assemble": "1.203 and 1.234: the layout is read once a token and tile of channels",
 }
 
 
