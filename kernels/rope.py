@@ -33,6 +33,7 @@ def _rotate_kernel(
     NUM_K_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -55,7 +56,7 @@ def _rotate_kernel(
     rotate_part(
         q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, part,
         offs_t, mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED,
-        STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
+        IN_PLACE, STRIDE_UNIT, BLOCK_T, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 
