@@ -6,19 +6,33 @@
 
 namespace patchpack {
 
+void rotate_3d(const Turned& q, const Turned& k, const Tensor& position_ids,
+               const std::vector<int64_t>& sections, bool sections_interleaved, double base,
+               bool inverse) {
+  const Positions positions = positions_of(position_ids);
+  const auto& frequencies = frequencies_3d(sections, sections_interleaved, base);
+  rotate_both(q, k, (int64_t)frequencies.size(), false, inverse,
+              [&](const Rotation& r, int64_t begin, int64_t end) {
+                AT_LEVEL(mrope(r, positions, frequencies, begin, end));
+              });
+}
+
 std::tuple<Tensor, Tensor> mrope(Tensor q, Tensor k, Tensor position_ids,
                                  std::vector<int64_t> sections, bool sections_interleaved,
                                  double base, bool inverse) {
-  const Positions positions = positions_of(position_ids);
-  const auto& frequencies = frequencies_3d(sections, sections_interleaved, base);
-  return rotate_both(q, k, (int64_t)frequencies.size(), false, inverse,
-                     [&](const Rotation& r, int64_t begin, int64_t end) {
-                       AT_LEVEL(mrope(r, positions, frequencies, begin, end));
-                     });
+  const Turned turned[] = {to_elsewhere(q), to_elsewhere(k)};
+  rotate_3d(turned[0], turned[1], position_ids, sections, sections_interleaved, base, inverse);
+  return {turned[0].out, turned[1].out};
+}
+
+void mrope_(Tensor q, Tensor k, Tensor position_ids, std::vector<int64_t> sections,
+            bool sections_interleaved, double base, bool inverse) {
+  rotate_3d(in_place(q), in_place(k), position_ids, sections, sections_interleaved, base, inverse);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {
   library.impl("mrope.native", TORCH_BOX(&mrope));
+  library.impl("mrope_.native", TORCH_BOX(&mrope_));
 }
 
 }  // namespace patchpack

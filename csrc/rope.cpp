@@ -23,10 +23,12 @@ std::tuple<Tensor, Tensor> rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool
   sin = last_contiguous(torch::stable::to(sin, ScalarType::Float));
   const RopeTable table{cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.stride(0),
                         sin.stride(0)};
-  return rotate_both(q, k, cos.size(1), interleaved, inverse,
-                     [&](const Rotation& r, int64_t begin, int64_t end) {
-                       AT_LEVEL(rope(r, table, begin, end));
-                     });
+  const Turned turned[] = {to_elsewhere(q), to_elsewhere(k)};
+  rotate_both(turned[0], turned[1], cos.size(1), interleaved, inverse,
+              [&](const Rotation& r, int64_t begin, int64_t end) {
+                AT_LEVEL(rope(r, table, begin, end));
+              });
+  return {turned[0].out, turned[1].out};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {

@@ -6,11 +6,11 @@
 
 namespace patchpack {
 
-// The heads `[T, H, D]` of one tensor, and where they go: contiguous.
+// The heads `[T, H, D]` of one tensor, and where they go: elsewhere, or where they are.
 struct Heads {
   const void* x;
   void* out;
-  int64_t stride_t, stride_h, num_heads;
+  int64_t stride_t, stride_h, out_stride_t, out_stride_h, num_heads;
 };
 
 struct Rotation {
@@ -27,21 +27,29 @@ inline Positions positions_of(const Tensor& ids) {
   return {(const char*)ids.const_data_ptr() + skipped, is_long, ids.stride(0), ids.stride(1)};
 }
 
-// Allocates the rotated `q` and `k` and calls `body(rotation, begin, end)` over parts of the tokens.
-template <typename Body>
-std::tuple<Tensor, Tensor> rotate_both(const Tensor& q, const Tensor& k, int64_t num_pairs,
-                                       bool interleaved, bool inverse, const Body& body) {
-  const Tensor inputs[] = {last_contiguous(q), last_contiguous(k)};
-  const Tensor outputs[] = {empty_of(q), empty_of(k)};
-  Rotation r{q.scalar_type(), q.size(2), num_pairs, interleaved, inverse, {}};
-  for (int i = 0; i < 2; ++i) {
-    const Tensor& x = inputs[i];
-    r.heads[i] = {x.const_data_ptr(), outputs[i].mutable_data_ptr(), x.stride(0), x.stride(1),
-                  x.size(1)};
+// A tensor and where it goes.
+struct Turned {
+  Tensor x, out;
+
+  Heads heads() const {
+    return {x.const_data_ptr(), out.mutable_data_ptr(), x.stride(0), x.stride(1),
+            out.stride(0),      out.stride(1),          x.size(1)};
   }
-  parallel_for(q.size(0), (q.size(1) + k.size(1)) * q.size(2),
+};
+
+inline Turned to_elsewhere(const Tensor& x) {
+  return {last_contiguous(x), torch::stable::new_empty(x, x.sizes(), x.scalar_type())};
+}
+inline Turned in_place(const Tensor& x) { return {x, x}; }
+
+// Calls `body(rotation, begin, end)` over parts of the tokens.
+template <typename Body>
+void rotate_both(const Turned& q, const Turned& k, int64_t num_pairs, bool interleaved,
+                 bool inverse, const Body& body) {
+  const Rotation r{q.x.scalar_type(), q.x.size(2), num_pairs,
+                   interleaved,       inverse,     {q.heads(), k.heads()}};
+  parallel_for(q.x.size(0), (q.x.size(1) + k.x.size(1)) * q.x.size(2),
                [&](int64_t begin, int64_t end) { body(r, begin, end); });
-  return {outputs[0], outputs[1]};
 }
 
 }  // namespace patchpack

@@ -7,14 +7,15 @@ template <typename scalar_t, bool kInterleaved>
 inline void rotate_token(const Heads& heads, int64_t head_dim, int64_t num_pairs, int64_t token,
                          const float* cos, const float* sin) {
   const scalar_t* x = (const scalar_t*)heads.x + token * heads.stride_t;
-  scalar_t* out = (scalar_t*)heads.out + token * heads.num_heads * head_dim;
+  scalar_t* out = (scalar_t*)heads.out + token * heads.out_stride_t;
+  const bool in_place = out == x;
   // views of one buffer leave gaps between tokens, which stop the CPU from looking ahead
   const bool has_gaps = heads.stride_t != heads.num_heads * head_dim;
-  for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.stride_h, out += head_dim) {
+  for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.stride_h, out += heads.out_stride_h) {
     if (has_gaps)
       for (int64_t byte = 0; byte < head_dim * (int64_t)sizeof(scalar_t); byte += 64)
         __builtin_prefetch((const char*)(x + 2 * heads.stride_t) + byte, 0, 2);
-    for_lanes_again(num_pairs, [&](int64_t i, auto n) {
+    const auto turn = [&](int64_t i, auto n) {
       const Floats c = load(cos + i, n), s = load(sin + i, n);
       if constexpr (kInterleaved) {
         const int first = std::min<int>(2 * n, kLanes), second = 2 * n - first;
@@ -28,7 +29,12 @@ inline void rotate_token(const Heads& heads, int64_t head_dim, int64_t num_pairs
         store(out + i, a * c - b * s, n);
         store(out + num_pairs + i, b * c + a * s, n);
       }
-    });
+    };
+    if (in_place) {  // a pair that is met twice would turn twice
+      for_lanes(num_pairs, turn);
+      continue;
+    }
+    for_lanes_again(num_pairs, turn);
     if (const int64_t passed = head_dim - 2 * num_pairs)
       std::memcpy((void*)(out + 2 * num_pairs), x + 2 * num_pairs, passed * sizeof(scalar_t));
   }

@@ -100,6 +100,7 @@ def _rotate_tensor(
     HEAD_DIM: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -110,7 +111,9 @@ def _rotate_tensor(
     offs_t = offs_t[:, None, None]
     offs_h = tl.arange(0, BLOCK_H)[None, :, None]
     x_ptrs = x_ptr + (offs_t * stride_x_t + offs_h.to(tl.int64) * stride_x_h) * STRIDE_UNIT
-    out_ptrs = out_ptr + offs_t * (NUM_HEADS * HEAD_DIM) + offs_h * HEAD_DIM
+    out_ptrs = x_ptrs  # in place: both of a pair are read before one is written, and read once
+    if not IN_PLACE:
+        out_ptrs = out_ptr + offs_t * (NUM_HEADS * HEAD_DIM) + offs_h * HEAD_DIM
     offs_i = tl.arange(0, BLOCK_I)[None, None, :]
     offs_pair = tl.arange(0, 2 * BLOCK_I)[None, None, :]
     offs_pass = 2 * NUM_PAIRS + tl.arange(0, BLOCK_PASS)[None, None, :]
@@ -131,13 +134,14 @@ def _rotate_tensor(
             a, b = _rotate(a, b, cos, sin)
             tl.store(out_ptrs + offs_i, a, mask=mask)
             tl.store(out_ptrs + NUM_PAIRS + offs_i, b, mask=mask)
-        if HEAD_DIM > 2 * NUM_PAIRS:
+        if HEAD_DIM > 2 * NUM_PAIRS and not IN_PLACE:
             mask_pass = mask_th & (offs_pass < HEAD_DIM)
             passed = tl.load(x_ptrs + offs_pass, mask=mask_pass, other=0.0)
             tl.store(out_ptrs + offs_pass, passed, mask=mask_pass)
         offs_h += BLOCK_H
-        x_ptrs += stride_x_h.to(tl.int64) * (BLOCK_H * STRIDE_UNIT)
-        out_ptrs += BLOCK_H * HEAD_DIM
+        step = stride_x_h.to(tl.int64) * (BLOCK_H * STRIDE_UNIT)
+        x_ptrs += step
+        out_ptrs += step if IN_PLACE else BLOCK_H * HEAD_DIM
 
 
 @triton.jit
@@ -159,6 +163,7 @@ def rotate_heads(
     HEAD_DIM: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -169,22 +174,31 @@ def rotate_heads(
     cos, sin = cos[:, None, :], sin[:, None, :]
     _rotate_tensor(
         q_ptr, q_out_ptr, stride_q_t, stride_q_h, offs_t, mask_t, cos, sin, NUM_Q_HEADS, HEAD_DIM,
-        NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
+        NUM_PAIRS, INTERLEAVED, IN_PLACE, STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
     _rotate_tensor(
         k_ptr, k_out_ptr, stride_k_t, stride_k_h, offs_t, mask_t, cos, sin, NUM_K_HEADS, HEAD_DIM,
-        NUM_PAIRS, INTERLEAVED, STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
+        NUM_PAIRS, INTERLEAVED, IN_PLACE, STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 
-def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **constants):
-    """Allocate the rotated ``q`` and ``k`` and launch ``kernel`` once for both.
+def launch(
+    kernel,
+    q: Tensor,
+    k: Tensor,
+    angle_args: tuple,
+    num_pairs: int,
+    *,
+    in_place: bool = False,
+    **constants,
+):
+    """Launch ``kernel`` once for ``q`` and ``k``, and return them rotated: fresh, or in place.
 
     ``angle_args`` are the kernel's own arguments, which say where its angles come from.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     q, k = last_contiguous(q), last_contiguous(k)
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = (q, k) if in_place else (q.new_empty(q.shape), k.new_empty(k.shape))
     if num_tokens == 0:
         return q_out, k_out
     unit = stride_unit(q, k)
@@ -203,6 +217,7 @@ def launch(kernel, q: Tensor, k: Tensor, angle_args: tuple, num_pairs: int, **co
         NUM_K_HEADS=k.shape[1],
         HEAD_DIM=head_dim,
         NUM_PAIRS=num_pairs,
+        IN_PLACE=in_place,
         STRIDE_UNIT=unit,
         BLOCK_T=block_t,
         BLOCK_H=block_h,

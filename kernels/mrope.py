@@ -37,6 +37,7 @@ def _rotate_multimodal_kernel(
     # compile-time
     INVERSE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_K_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -70,8 +71,8 @@ def _rotate_multimodal_kernel(
 
     rotate_heads(
         q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, offs_t,
-        mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT,
-        BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
+        mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, IN_PLACE,
+        STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def rotate(
     mrope_interleaved: bool,
     base: float,
     inverse: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     positions = position_ids[-3:]
     table = _table(tuple(mrope_section), mrope_interleaved, base, q.device)
@@ -107,6 +109,11 @@ def rotate(
         k,
         (positions, table, positions.stride(0), positions.stride(1)),
         sum(mrope_section),
+        in_place=in_place,
         INVERSE=inverse,
         INTERLEAVED=False,
     )
+
+
+def rotate_(*args) -> None:
+    rotate(*args, in_place=True)

@@ -39,6 +39,7 @@ def _rotate_2d_kernel(
     MERGE: tl.constexpr,
     INVERSE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_K_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -71,8 +72,8 @@ def _rotate_2d_kernel(
 
     rotate_heads(
         q_ptr, k_ptr, q_out_ptr, k_out_ptr, stride_q_t, stride_q_h, stride_k_t, stride_k_h, offs_t,
-        mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, STRIDE_UNIT,
-        BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
+        mask_t, cos, sin, NUM_Q_HEADS, NUM_K_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, IN_PLACE,
+        STRIDE_UNIT, BLOCK_T, BLOCK_H, BLOCK_I, BLOCK_PASS,
     )  # fmt: skip
 
 
@@ -99,6 +100,7 @@ def rotate(
     interleaved: bool,
     axes: str,
     inverse: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     num_pairs = q.shape[-1] // 2
     num_grids = geometry.shape[0] - 1
@@ -110,6 +112,11 @@ def rotate(
         (geometry, table, num_grids, max(num_grids - 1, 0).bit_length()),
         num_pairs,
         MERGE=spatial_merge_size,
+        in_place=in_place,
         INVERSE=inverse,
         INTERLEAVED=interleaved,
     )
+
+
+def rotate_(*args) -> None:
+    rotate(*args, in_place=True)

@@ -9,6 +9,7 @@ import sys
 import torch
 from torch.nn.functional import pad
 
+import patchpack
 from patchpack import PackedGrid, _dispatch
 from patchpack.testing.contract import CHECKS, Subject, differentiate, subjects
 
@@ -39,6 +40,19 @@ def check_turns(subject: Subject) -> None:
         torch.testing.assert_close(x, want)
 
 
+def check_in_place(subject: Subject) -> None:
+    """A buffer is turned where it lies, with the bits of the op that allocates."""
+    inputs = subject.inputs()
+    want = torch.cat([*subject(inputs), inputs["k"]], dim=1)
+    q, k = inputs.pop("q"), inputs.pop("k")
+    around = pad(torch.cat([q, k, k], dim=1), (0, 0, 0, 1), value=float("nan"))
+    qkv = around[:, :-1]
+    in_place = getattr(patchpack, f"{subject.op}_")
+    in_place(qkv, num_heads=(q.shape[1], k.shape[1]), impl=subject.impl, **inputs)
+    assert torch.equal(qkv, want)
+    assert around[:, -1].isnan().all()
+
+
 HERE = {"unaligned inputs": check_unaligned}
 ROTARY = ("rope_2d", "mrope")
 
@@ -49,7 +63,10 @@ def main(op: str, library: str, *checks: str) -> int:
     _dispatch._UNAVAILABLE[op]["cuda"] = None
     failures = 0
     if op in ROTARY:
+        _dispatch._UNAVAILABLE[f"{op}_"]["cuda"] = None
         check_turns(subjects(op, "accuracy", "cuda")[0])
+        for subject in subjects(op, "accuracy", "cuda"):
+            check_in_place(subject)
     for check in checks:
         for subject in subjects(op, "accuracy" if check in HERE else check, "cuda"):
             try:

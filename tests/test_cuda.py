@@ -56,7 +56,8 @@ def test_on_the_host(op, build, tmp_path):
     if None in preloaded or sysconfig.get_platform() != "linux-x86_64":
         pytest.skip("there is no GCC with sanitizers")
     library = tmp_path / "library.so"
-    flags = ["-x", "c++", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", *FLAGS]
+    flags = ["-x", "c++", "-fPIC", "-fvisibility=hidden", "-shared", "-Wall", "-Werror"]
+    flags += ["-Wno-unknown-pragmas", *FLAGS]
     flags += ["-O1", *SANITIZERS] if build == "sanitized" else ["-O0"]
     link = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", library]
     subprocess.run([COMPILER, *flags, ROOT / f"csrc/cuda/{op}.cu", *link], check=True)

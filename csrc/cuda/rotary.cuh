@@ -25,7 +25,7 @@ template <typename V, bool kInterleaved, typename Places>
 struct Rotate {
   Places places;
   Heads heads[2];  // of q and k
-  int32_t head_size, num_turning, num_groups, num_items, first_item;
+  int32_t num_turning, num_groups, num_items, first_item;
   float sign;
   Frequency frequencies[kMostPairs];  // from `first_item` on
 
@@ -53,7 +53,7 @@ struct Rotate {
       const Heads& h = heads[is_k];
       const int64_t in_tensor = head - (is_k ? heads[0].num_heads : 0);
       const V* x = (const V*)h.x + token * h.stride_t + in_tensor * h.stride_h;
-      V* out = (V*)h.out + (token * h.num_heads + in_tensor) * head_size;
+      V* out = (V*)h.out + token * h.out_stride_t + in_tensor * h.out_stride_h;
       if (item < num_turning)
         turn(x, out, item, cos, sin);
       else
@@ -80,18 +80,17 @@ struct Rotate {
   }
 };
 
-// Allocates the rotated `q` and `k` and turns them.
 template <bool kInterleaved, typename Places>
-std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Places& places,
-                                  const std::vector<Frequency>& frequencies, bool inverse) {
-  const Tensor inputs[] = {last_contiguous(q), last_contiguous(k)};
-  const Tensor outputs[] = {new_empty(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type()),
-                            new_empty(k, {k.size(0), k.size(1), k.size(2)}, k.scalar_type())};
+void rotate(const Turned& q_turned, const Turned& k_turned, const Places& places,
+            const std::vector<Frequency>& frequencies, bool inverse) {
+  const Turned turned[] = {q_turned, k_turned};
+  const Tensor &q = q_turned.x, &k = k_turned.x;
   const int64_t num_tokens = q.size(0), head_dim = q.size(2), num_pairs = frequencies.size();
   const auto fits = [&](int lanes) {
     return head_dim % lanes == 0 && num_pairs % lanes == 0 &&
-           std::all_of(inputs, inputs + 2, [&](const Tensor& x) {
-             return aligned(x, lanes, {x.stride(0), x.stride(1)});
+           std::all_of(turned, turned + 2, [&](const Turned& t) {
+             return aligned(t.x, lanes, {t.x.stride(0), t.x.stride(1)}) &&
+                    aligned(t.out, lanes, {t.out.stride(0), t.out.stride(1)});
            });
   };
   with_vector<true>(q.scalar_type(), fits, [&](auto vector) {
@@ -104,11 +103,11 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Places
         1, std::min(q.size(1) + k.size(1), kManyThreads / std::max<int64_t>(1, num_tokens * num_items)));
     Rotate<V, kInterleaved, Places> body{places};
     for (int i = 0; i < 2; ++i) {
-      const Tensor& x = inputs[i];
-      body.heads[i] = {x.const_data_ptr(), outputs[i].mutable_data_ptr(), x.stride(0) / V::kLanes,
-                       x.stride(1) / V::kLanes, x.size(1)};
+      Heads& heads = body.heads[i] = turned[i].heads();
+      for (int64_t* stride :
+           {&heads.stride_t, &heads.stride_h, &heads.out_stride_t, &heads.out_stride_h})
+        *stride /= V::kLanes;
     }
-    body.head_size = head_dim / V::kLanes;
     body.num_turning = num_pairs / V::kLanes;
     body.num_groups = num_groups;
     body.sign = inverse ? -1.0f : 1.0f;
@@ -120,7 +119,6 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Places
       for_each(num_tokens * num_groups * body.num_items, q, body);
     }
   });
-  return {outputs[0], outputs[1]};
 }
 
 }  // namespace patchpack

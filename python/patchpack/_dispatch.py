@@ -175,7 +175,8 @@ def define(
     """Register an operator of the ``patchpack`` namespace, with its overloads.
 
     Args:
-        schema: The operator in PyTorch's schema language.
+        schema: The operator in PyTorch's schema language. One that returns nothing writes in
+            place: its caller tells autograd.
         launcher: ``module:function`` under ``patchpack.kernels``, imported at the first call, with
             the schema's arguments; the first one is a tensor, or a list of some. ``None`` for a
             fusion of other ops that only an extension has: no op by itself, ``available`` does not
@@ -233,6 +234,8 @@ def _register(
     name = f"patchpack::{schema.partition('(')[0]}"
     _LIBRARY.define(schema)
     torch.library.register_fake(name, fake, lib=_LIBRARY)
+    if schema.endswith("-> ()"):
+        return
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{name} has no gradient: its op is differentiable once")

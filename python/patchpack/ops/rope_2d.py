@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from patchpack import _check, _dispatch, reference
+from patchpack.ops import _in_place
 from patchpack.packing import PackedGrid
 
 
@@ -48,18 +49,80 @@ def rope_2d(
     """
     impl = _dispatch.resolve("rope_2d", impl, q=q)
     _check.heads(impl, q, k)
-    if q.shape[2] % 4 or q.shape[2] == 0:
-        raise ValueError(f"q must have a head size that divides by 4, got {q.shape[2]}")
-    _check.grid_of("q", q, grid)
-    _check.positive("base", base)
-    _check.flags(interleaved=interleaved)
-    _check.one_of("axes", axes, ("split", "even_odd", "paired"))
+    _check_rotation("q", q, grid, base, interleaved, axes)
     if impl == "reference":
         with _dispatch.without_autocast(q):
             return reference.rope_2d(q, k, grid, base=base, interleaved=interleaved, axes=axes)
     return _dispatch.operator("rope_2d", impl)(
         q, k, grid.geometry, grid.spatial_merge_size, float(base), interleaved, axes, False
     )
+
+
+def rope_2d_(
+    qkv: Tensor,
+    grid: PackedGrid,
+    *,
+    num_heads: tuple[int, int] | None = None,
+    base: float = 10_000.0,
+    interleaved: bool = False,
+    axes: str = "split",
+    impl: str | None = None,
+) -> Tensor:
+    """Rotate the queries and the keys of a buffer where they lie: ``rope_2d`` in place.
+
+    The values are those of ``rope_2d``, to the bit. Values of attention are neither read nor
+    written, and nothing is allocated.
+
+    Args:
+        qkv: Queries, keys and values, ``[T, 3, H, D]``, or ``[T, Hq + 2 Hk, D]`` with
+            ``num_heads``; float32, bfloat16 or float16. Any strides with which no two elements
+            share memory and the last dimension is contiguous. ``D`` divides by 4.
+        grid: Which images the ``T`` tokens are, and in which order, on the device of ``qkv``.
+        num_heads: ``(Hq, Hk)`` where heads of queries come first, then those of keys, of values.
+        base: As of ``rope_2d``.
+        interleaved: As of ``rope_2d``.
+        axes: As of ``rope_2d``.
+        impl: ``"triton"``, ``"cuda"``, ``"native"`` or ``"reference"``; by default that of the
+            device.
+
+    Returns:
+        ``qkv`` itself. Differentiable, as operations in place are: autograd refuses a leaf that
+        requires a gradient, and the backward pass of what kept ``qkv`` before. Gradients are those
+        of ``rope_2d``. Deterministic.
+
+    Raises:
+        ValueError: A shape, a stride, a device, ``axes`` or ``impl`` does not fit.
+        TypeError: A dtype does not fit.
+        RuntimeError: Autograd refuses. Whatever is raised, nothing was written.
+
+    Where ``torch.compile`` traces a gradient, this is ``rope_2d`` and a copy.
+    """
+    impl = _dispatch.resolve("rope_2d_", impl, qkv=qkv)
+    _in_place.check(impl, qkv, num_heads)
+    _check_rotation("qkv", qkv, grid, base, interleaved, axes)
+    if _in_place.is_composed(impl, qkv):
+        q, k = _in_place.heads_of(qkv, num_heads)
+        options = {"base": base, "interleaved": interleaved, "axes": axes, "impl": impl}
+        _in_place.copy_(q, k, rope_2d(q, k, grid, **options))
+        return qkv
+
+    def rotate(qkv: Tensor, geometry: Tensor, inverse: bool) -> None:
+        heads = _in_place.heads_of(qkv, num_heads)
+        options = (grid.spatial_merge_size, float(base), interleaved, axes, inverse)
+        _dispatch.operator("rope_2d_", impl)(*heads, geometry, *options)
+
+    return _in_place.turn_(qkv, rotate, grid.geometry)
+
+
+def _check_rotation(
+    name: str, x: Tensor, grid: PackedGrid, base: float, interleaved: bool, axes: str
+) -> None:
+    if x.shape[-1] % 4 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have a head size that divides by 4, got {x.shape[-1]}")
+    _check.grid_of(name, x, grid)
+    _check.positive("base", base)
+    _check.flags(interleaved=interleaved)
+    _check.one_of("axes", axes, ("split", "even_odd", "paired"))
 
 
 def _fake(q, k, geometry, spatial_merge_size, base, interleaved, axes, inverse):
@@ -87,4 +150,10 @@ _dispatch.define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_dispatch.define(
+    "rope_2d_(Tensor(a!) q, Tensor(b!) k, Tensor geometry, int spatial_merge_size, float base,"
+    " bool interleaved, str axes, bool inverse) -> ()",
+    "rope_2d:rotate_",
+    fake=lambda *_: None,
 )
