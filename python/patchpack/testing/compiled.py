@@ -11,14 +11,16 @@ how long it takes is not to be had from it.
 
 import contextlib
 import functools
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -49,11 +51,13 @@ class Launch:
     key: str  # equal for launches that one compilation serves
     grid: tuple[int, int, int]
     target: str
+    constants: dict[str, Any]  # compile-time arguments
     num_warps: int
     shared: int  # bytes of shared memory a block
     registers: int  # a thread; on AMD vector registers, accumulation registers included
     stack: int  # bytes a thread: spilled registers and local arrays
     opcodes: Counter[str]
+    matrix_flops: int  # of the matrix products in the code of a block, each counted once
 
     @property
     def instructions(self) -> int:
@@ -93,6 +97,17 @@ class Launch:
                 kinds[(kind[1] or kind[0]).upper()] += count
         return dict(kinds)
 
+    @property
+    def cost(self) -> list[float]:
+        """What autotuning minimises where nothing can be timed: spills, then instructions.
+
+        These are the instructions of all warps, a matrix FLOP if there are any.
+        """
+        a_block = self.instructions * self.num_warps
+        if self.matrix_flops:
+            return [self.spills, a_block / self.matrix_flops]
+        return [self.spills, a_block * math.prod(self.grid)]
+
     def _count(self, pattern: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
 
@@ -100,6 +115,8 @@ class Launch:
 @contextlib.contextmanager
 def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
     """Compile for ``target`` what is launched on CPU tensors within this context.
+
+    Where Triton would autotune, the configuration of least ``Launch.cost`` is launched.
 
     Args:
         target: A key of ``SHARED_MEMORY``.
@@ -118,16 +135,26 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
     if knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET set: unset it")
     compile_only = functools.partial(JITFunction.run, warmup=True)
-    launches = []
+    launches: list[Launch] = []
+    tuning = False
 
     def launch(kernel, grid, args, kwargs):
         binary = compile_only(kernel, *args, grid=grid, **kwargs)
         _check_resources(binary, target)
-        launches.append(_inspect(kernel, binary, target, _dimensions(kernel, grid, args, kwargs)))
-        if run:
+        launches.append(_inspect(kernel, binary, target, grid, _arguments(kernel, args, kwargs)))
+        if run and not tuning:
             execute(kernel, grid, args, kwargs)
 
-    with interpreted(launch), replaced(driver, "_active", _Driver(target)):
+    def measure(call, **_):
+        nonlocal tuning
+        tuning = True
+        try:
+            call()
+        finally:
+            tuning = False
+        return launches.pop().cost
+
+    with interpreted(launch), replaced(driver, "_active", _Driver(target, measure)):
         yield launches
 
 
@@ -160,8 +187,9 @@ def _row(launch: Launch) -> list[str]:
 class _Driver:
     """What Triton asks of a driver before it compiles."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, measure: Callable[..., list[float]]) -> None:
         self.target = target
+        self.measure = measure
 
     def get_current_target(self) -> GPUTarget:
         if self.target.startswith("gfx"):
@@ -174,6 +202,12 @@ class _Driver:
     def get_current_stream(self, device: str) -> int:
         return 0
 
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return self.measure
+
 
 def _check_resources(binary: Any, target: str) -> None:
     """What Triton checks when it loads a kernel on the target."""
@@ -185,31 +219,39 @@ def _check_resources(binary: Any, target: str) -> None:
         raise OutOfResources(tensor, TENSOR_MEMORY, "tensor memory")
 
 
-def _dimensions(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict) -> tuple[int, int, int]:
-    if callable(grid):
-        named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-        bound = kernel.signature.bind(*args, **named)
-        bound.apply_defaults()
-        grid = grid(bound.arguments)
-    x, y, z = (*grid, 1, 1)[:3]
-    return int(x), int(y), int(z)
+def _arguments(kernel: JITFunction, args: tuple, kwargs: dict) -> dict[str, Any]:
+    named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    bound = kernel.signature.bind(*args, **named)
+    bound.apply_defaults()
+    return bound.arguments
 
 
-def _inspect(kernel: JITFunction, binary: Any, target: str, grid: tuple[int, int, int]) -> Launch:
+def _inspect(
+    kernel: JITFunction, binary: Any, target: str, grid: Any, arguments: dict[str, Any]
+) -> Launch:
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     source = binary.asm["amdgcn" if target.startswith("gfx") else "cubin"]
     registers, stack, opcodes = read(source)
+    x, y, z = (*(grid(arguments) if callable(grid) else grid), 1, 1)[:3]
     return Launch(
         kernel=kernel.__name__,
         key=binary.hash,
-        grid=grid,
+        grid=(int(x), int(y), int(z)),
         target=target,
+        constants={p.name: arguments[p.name] for p in kernel.params if p.is_constexpr},
         num_warps=binary.metadata.num_warps,
         shared=binary.metadata.shared,
         registers=registers,
         stack=stack,
         opcodes=opcodes,
+        matrix_flops=_matrix_flops(binary.asm["ttgir"]),
     )
+
+
+def _matrix_flops(ttgir: str) -> int:
+    """FLOPs of the products ``M x K`` by ``K x N`` that a block's code holds."""
+    product = r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .*?<(\d+)x(\d+)x\w+,.*?<\d+x(\d+)x\w+,"
+    return sum(2 * math.prod(map(int, sizes)) for sizes in re.findall(product, ttgir))
 
 
 @functools.lru_cache(maxsize=256)
