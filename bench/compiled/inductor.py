@@ -3,8 +3,8 @@
     with compiled.session("sm_90"):
         torch.compile(function, backend=backend("sm_90"))(*cpu_tensors)
 
-A graph is traced on CPU tensors and lowered as if they were the GPU's. What comes of it, wrapper and
-kernels, runs on CPU tensors again, so that whatever takes the launches sees those of a GPU.
+A graph is traced on CPU tensors and lowered as if they were the GPU's. What comes of it, wrapper
+and kernels, runs on CPU tensors again, so that whatever takes launches sees those of a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch._dynamo import device_interface
 from torch._guards import detect_fake_mode
 from torch._inductor import utils
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.runtime import triton_heuristics, triton_helpers
+from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.runtime.hints import DeviceProperties
 from torch.fx import GraphModule
-from torch.nn.attention import flex_attention
 from torch.utils import _triton
+from torch.utils._pytree import tree_map
 from triton.runtime.driver import driver
 
 from patchpack.testing.compiled import SHARED_MEMORY
@@ -50,10 +50,14 @@ def backend(target: str) -> Callable[[GraphModule, list[Tensor]], Callable[..., 
     Args:
         target: A key of ``MULTIPROCESSORS``.
     """
+    # caches are keyed by the GPU that is there, and other processes do not pretend
+    uncached = functools.partial(
+        torch._inductor.config.patch, compile_threads=1, force_disable_caches=True
+    )
 
     def compile_inner(module: GraphModule, inputs: Sequence[Any], **options) -> Callable[..., Any]:
-        with pretended(target):
-            code = compile_fx_inner(_moved(module), _moved_inputs(inputs), **options)
+        with pretended(target), uncached():
+            code = compile_fx_inner(module, _move(module, inputs), **options)
 
         def call(arguments: list[Any]) -> Any:
             with pretended(target):
@@ -63,8 +67,7 @@ def backend(target: str) -> Callable[[GraphModule, list[Tensor]], Callable[..., 
         return call
 
     def compile_graph(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        # nothing from a cache: what is compiled for one target is keyed by the GPU that is there
-        with torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
+        with uncached():
             return compile_fx(module, inputs, inner_compile=compile_inner)  # pyright: ignore[reportArgumentType, reportReturnType]
 
     return compile_graph
@@ -103,11 +106,13 @@ def pretended(target: str) -> Iterator[None]:
         (torch.cuda, "_exchange_device", lambda index: index),
         (torch.cuda, "_maybe_exchange_device", lambda index: index),
         (torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
+        # as methods these ask for CUDA, even if a tensor is fake
+        (Tensor, "copy_", lambda x, source: torch.ops.aten.copy_.default(x, source)),
+        (Tensor, "__invert__", lambda x: torch.ops.aten.bitwise_not.default(x)),
         (guards, "_empty_strided_cuda", guards._empty_strided_cpu),
         (triton_helpers, "set_driver_to_gpu", lambda: None),
         (triton_heuristics.CachingAutotuner, "precompile", lambda tuner, *_, **__: None),
         (triton_heuristics.CachingAutotuner, "run", _launch),
-        (flex_attention, "_validate_device", lambda *_: None),  # would refuse gradients on CPUs
     ]
     interfaces = {"cuda": _interface(properties)}
     with contextlib.ExitStack() as stack:
@@ -179,28 +184,26 @@ def _forget_device() -> None:
         known.cache_clear()
 
 
-def _moved(module: GraphModule) -> GraphModule:
-    """The graph, and those within it, with what it makes on the GPU."""
-    for graph_module in module.modules():
-        if isinstance(graph_module, GraphModule):
-            for node in graph_module.graph.nodes:
-                if "device" in node.kwargs:
-                    node.kwargs = {**node.kwargs, "device": CUDA}
-            graph_module.recompile()
-    return module
-
-
-def _moved_inputs(inputs: Sequence[Any]) -> list[Any]:
-    """The fake tensors ``inputs`` on the GPU."""
+def _move(module: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Move a graph, and those within it, to the GPU; gives its ``inputs`` there, which are fake."""
     mode = detect_fake_mode(inputs)
     assert mode is not None
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
+
     with mode:
-        return [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
-            if isinstance(x, Tensor)
-            else x
-            for x in inputs
-        ]
+        for graph_module in module.modules():
+            if isinstance(graph_module, GraphModule):
+                for node in graph_module.graph.nodes:
+                    if "device" in node.kwargs:
+                        node.kwargs = {**node.kwargs, "device": CUDA}
+                    if "val" in node.meta:
+                        node.meta["val"] = tree_map(moved, node.meta["val"])
+                graph_module.recompile()
+        return [moved(x) for x in inputs]
 
 
 def _launch(tuner: Any, *args, stream: int, **kwargs) -> None:

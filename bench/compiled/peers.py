@@ -30,9 +30,9 @@ import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention import flex_attention as flex
 
-from _harness import Bench, Provider
+from _harness import Bench
 from _rotary import table
 from compiled import inductor
 from patchpack.testing.catalogue import SPECS, Inputs
@@ -129,7 +129,10 @@ class _Source:
         for installed in metadata.distributions(name=package, path=[folder]):
             return installed.version
         command = ["git", "-C", folder, "rev-parse", "--short=12", "HEAD"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(command, capture_output=True, text=True)
+        if git.returncode:
+            raise ValueError(f"{folder} has no version: neither pip nor git put it there")
+        return git.stdout.strip()
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def _find(library: _Library, case: str, target: str, checkouts: Path | None) -> 
         else:
             path = library.source.find(checkouts)
             version = library.source.version(path)
-    except (OSError, ValueError, subprocess.CalledProcessError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         return Missing(*named, str(error))
 
     def make() -> Run:
@@ -292,7 +295,7 @@ def _flash_attn_rope(task: _Task) -> Run:
     cos, sin = table(task.op, task.inputs)
 
     def turn(q: Tensor, k: Tensor, *, conjugate: bool) -> list[Tensor]:
-        with mock.patch.object(torch.cuda, "device", lambda _: contextlib.nullcontext()):
+        with mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()):
             return [rotate(x[None], cos, sin, conjugate=conjugate)[0] for x in (q, k)]
 
     def forward() -> Callable[[], Any]:
@@ -326,17 +329,25 @@ def _tutorial_attention(task: _Task) -> Run:
     return _differentiated(attend, task.op, inputs)
 
 
+def _no_matter_which(*tensors: Tensor) -> None:
+    """Where tensors are: FlexAttention has no gradients of those on a CPU."""
+
+
 def _flex_attention(task: _Task) -> Run:
-    segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    """Its block mask is made before, once a batch."""
+    lengths = task.inputs["cu_seqlens_q"].diff()
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
     def visible(_b, _h, i, j):
         return segment[i] == segment[j]
 
-    mask = create_block_mask(visible, None, None, len(segment), len(segment), device="cpu")
-    attend = functools.partial(_compiled(flex_attention, task), block_mask=mask)
+    mask = flex.create_block_mask(visible, None, None, len(segment), len(segment), device="cpu")
+    attend = functools.partial(_compiled(flex.flex_attention, task), block_mask=mask)
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(*(x.transpose(0, 1)[None] for x in (q, k, v)))
+        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        with mock.patch.object(flex, "_validate_device", _no_matter_which):
+            return attend(*heads_first)
 
     return _differentiated(function, task.op, task.inputs)
 
@@ -353,6 +364,19 @@ def _eager(task: _Task, name: str) -> Run:
     """A provider of the op's bench file, compiled."""
     function = _bench(task.op).peers[name](task.inputs)
     return _differentiated(_compiled(function, task), task.op, task.inputs)
+
+
+def _mrope(task: _Task) -> Run:
+    """As in transformers' Qwen2-VL, where tables are in the dtype of the heads."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb  # pyright: ignore[reportMissingImports]
+
+    dtype = task.inputs["q"].dtype
+    cos, sin = (x.repeat(1, 2).to(dtype) for x in table(task.op, task.inputs))
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    return _differentiated(_compiled(rotate, task), task.op, task.inputs)
 
 
 def _pos_embed(task: _Task) -> Run:
@@ -402,11 +426,11 @@ _LIBRARIES = (
         for op, name, packages in (
             ("rope", "transformers", ("transformers",)),
             ("rope_2d", "transformers", ("transformers",)),
-            ("mrope", "transformers", ("transformers",)),
             ("merge_tokens", "views, F.layer_norm", ()),
             ("region_attention", "gather, bmm", ()),
         )
     ),
+    _Library("Inductor", "mrope", _mrope, packages=("transformers",)),
     _Library("Inductor", "add_pos_embed", _pos_embed, packages=("transformers",)),
     _Library("FlexAttention", "varlen_attention", _flex_attention),
     _Library(
