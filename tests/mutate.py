@@ -39,6 +39,10 @@ def native(op: str, check: str = "accuracy") -> str:
     return f"tests/test_contract.py -k test_native[{op}-and-{check}"
 
 
+def traffic(op: str, case: str) -> str:
+    return f"tests/test_traffic.py -k ops_touch-and-{op}-and-{case}-and-float32"
+
+
 FAULTS = [
     Fault(
         "rope: sine with the wrong sign",
@@ -1056,6 +1060,70 @@ FAULTS = [
         "head = group; head < num_heads; head += num_groups",
         "head = group; head < num_heads; head += num_groups + 1",
         "tests/test_cuda.py -k on_the_host",
+    ),
+    Fault(
+        "traffic of rope_2d: pairs past the last of a head are loaded",
+        "kernels/_rotary.py",
+        "b = tl.load(x_ptrs + NUM_PAIRS + offs_i, mask=mask,",
+        "b = tl.load(x_ptrs + NUM_PAIRS + offs_i, mask=mask_t[:, None],",
+        traffic("rope_2d", "Qwen2"),
+    ),
+    Fault(
+        "traffic of rope_2d: some channels of a head are loaded twice",
+        "kernels/_rotary.py",
+        "a = tl.load(x_ptrs + offs_i, mask=mask,",
+        "a = tl.load(x_ptrs + offs_i, mask=mask_t[:, None],",
+        "tests/test_traffic.py -k request-and-rope_2d-and-float32",
+    ),
+    Fault(
+        "traffic of rope: the last tile begins early and does rows of another again",
+        "kernels/rope.py",
+        "offs_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)",
+        "offs_t = tl.minimum(tile * BLOCK_T, tl.maximum(num_tokens - BLOCK_T, 0))"
+        " + tl.arange(0, BLOCK_T)",
+        traffic("rope", "ragged"),
+    ),
+    Fault(
+        "traffic of merge_tokens: weights are loaded past the last",
+        "kernels/merge_tokens.py",
+        "mask=mask_affine & mask_c",
+        "mask=mask_c",
+        traffic("merge_tokens", "registers"),
+    ),
+    Fault(
+        "traffic of patchify: patches past the last of a frame are loaded",
+        "kernels/patchify.py",
+        "pixels[None, :]), mask=mask,",
+        "pixels[None, :]), mask=mask_k[None, :],",
+        traffic("patchify", "SigLIP"),
+    ),
+    Fault(
+        "traffic of varlen_attention: a row of scratch is not written where it is not read",
+        "kernels/varlen_attention.py",
+        "tl.store(delta_ptr + offs_row, delta, mask=mask_q)",
+        "tl.store(delta_ptr + offs_row, delta, mask=sees)",
+        traffic("varlen_attention", "fewer"),
+    ),
+    Fault(
+        "traffic of varlen_attention: twice as many idle programs as needed",
+        "kernels/varlen_attention.py",
+        'tiles["BLOCK_Q"] + num_segments + 1, num_heads)',
+        'tiles["BLOCK_Q"] + 2 * num_segments + 2, num_heads)',
+        "tests/test_traffic.py -k idle_programs-and-Qwen2",
+    ),
+    Fault(
+        "traffic: a view is all of its buffer",
+        "python/patchpack/testing/traffic.py",
+        "near & (elements == _in_each_byte(1, size))",
+        "near",
+        "tests/test_traffic.py -k between_the_rows",
+    ),
+    Fault(
+        "traffic: programs may read what others write",
+        "python/patchpack/testing/traffic.py",
+        "_READ: _WRITTEN | _ATOMIC",
+        "_READ: _ATOMIC",
+        "tests/test_traffic.py -k what_another_writes",
     ),
     Fault(
         "interpreter: bf16 repair left out",

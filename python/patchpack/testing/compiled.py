@@ -28,6 +28,7 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from patchpack._interpreter import execute, interpreted, replaced
+from patchpack.testing._table import table
 
 # Bytes of shared memory one block may have.
 SHARED_MEMORY = {
@@ -162,9 +163,7 @@ def report(launches: Sequence[Launch]) -> str:
     """A plain table of ``launches``, a line each."""
     header = "kernel target grid warps regs stack spills shared tensor-core loads stores instr"
     rows = [header.split(), *map(_row, launches)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines) + "\nloads, stores: of 128 bits and more / all\n"
+    return table(rows) + "\nloads, stores: of 128 bits and more / all\n"
 
 
 def _row(launch: Launch) -> list[str]:
