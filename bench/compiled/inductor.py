@@ -96,7 +96,7 @@ def pretended(target: str) -> Iterator[None]:
     check(target)
     major, minor = capability(target)
     properties = _properties(target)
-    guards = torch._C._dynamo.guards
+    guards = torch._C._dynamo.guards  # pyright: ignore[reportAttributeAccessIssue]
     device_interface.get_interface_for_device("cuda")  # fills the table that is patched
     replacements = [
         (torch.cuda, "current_device", lambda: 0),
@@ -109,7 +109,7 @@ def pretended(target: str) -> Iterator[None]:
         # as methods these ask for CUDA, even if a tensor is fake
         (Tensor, "copy_", lambda x, source: torch.ops.aten.copy_.default(x, source)),
         (Tensor, "__invert__", lambda x: torch.ops.aten.bitwise_not.default(x)),
-        (guards, "_empty_strided_cuda", guards._empty_strided_cpu),
+        (guards, "_empty_strided_cuda", _empty_strided),
         (triton_helpers, "set_driver_to_gpu", lambda: None),
         (triton_heuristics.CachingAutotuner, "precompile", lambda tuner, *_, **__: None),
         (triton_heuristics.CachingAutotuner, "run", _launch),
@@ -122,6 +122,10 @@ def pretended(target: str) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(device_interface.device_interfaces, interfaces))
         _forget_device()
         yield
+
+
+def _empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype)
 
 
 def _properties(target: str) -> SimpleNamespace:
@@ -214,7 +218,7 @@ def _launch(tuner: Any, *args, stream: int, **kwargs) -> None:
         tuner.fn[grid](*arguments, **kwargs, **config.all_kwargs())
 
     if len(tuner.configs) > 1:
-        measure = driver.active.get_benchmarker()
+        measure: Callable[..., Any] = driver.active.get_benchmarker()
         best = min(tuner.configs, key=lambda config: measure(functools.partial(launch, config)))
         tuner.configs = [best]
     launch(tuner.configs[0])

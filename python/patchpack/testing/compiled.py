@@ -231,7 +231,9 @@ def _inspect(
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     source = binary.asm["amdgcn" if target.startswith("gfx") else "cubin"]
     registers, stack, opcodes = read(source)
-    x, y, z = (*(grid(arguments) if callable(grid) else grid), 1, 1)[:3]
+    if callable(grid):
+        grid = grid(arguments)
+    x, y, z = (*grid, 1, 1)[:3]
     return Launch(
         kernel=kernel.__name__,
         key=binary.hash,
