@@ -107,12 +107,12 @@ def peers(op: str, transformers: RotaryPeer = transformers_vision) -> dict[str, 
     }
 
     def prepared(peer: RotaryPeer) -> MakeProvider:
-        return lambda inputs: peer(*_table(op, inputs), inputs.get("interleaved", False))
+        return lambda inputs: peer(*table(op, inputs), inputs.get("interleaved", False))
 
     return {name: prepared(peer) for name, peer in libraries.items()}
 
 
-def _table(op: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def table(op: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[T, D / 2]``: what the op makes of unit vectors."""
     q = inputs["q"]
     unit = q.new_zeros(q.shape[0], 1, q.shape[2], dtype=torch.float32)

@@ -356,3 +356,120 @@ assert {{b["params"]["op"] for b in after["benchmarks"] if "again" in b}} == {{"
 assert all(s["op"] != "rope" for s in after["skipped"])
 """,
     )
+
+
+# a library of the right shape: q and k become zeros, and gradients ones
+LIGER = """
+import torch, triton
+import triton.language as tl
+
+@triton.jit
+def _fill_kernel(x_ptr, value, N: tl.constexpr):
+    tl.store(x_ptr + tl.program_id(0) * N + tl.arange(0, N), value)
+
+def fill(x, value):
+    y = torch.empty_like(x)
+    _fill_kernel[(x.numel() // 128,)](y, value, 128)
+    return y
+
+class LigerRopeFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        return fill(q, 0), fill(k, 0)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return fill(dq, 1), fill(dk, 1), None, None
+"""
+
+
+def test_peers_are_found_and_compiled_and_missing_ones_reported(tmp_path):
+    file = tmp_path / "Liger-Kernel/src/liger_kernel/ops/rope.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(LIGER)
+    other = tmp_path / "flash-attention/flash_attn/ops/triton/rotary.py"
+    other.parent.mkdir(parents=True)
+    other.touch()  # of no version
+    version = tmp_path / "Liger-Kernel/src/liger_kernel-1.2.dist-info/METADATA"
+    version.parent.mkdir()
+    version.write_text("Metadata-Version: 2.1\nName: liger-kernel\nVersion: 1.2\n")
+    _python(
+        "-c",
+        f"""
+from pathlib import Path
+from compiled.peers import CASES, Missing, Peer, ours, peers
+from patchpack.testing import compiled, traffic
+
+def passes(peer, session):
+    with session as launches:
+        backward = peer.run()
+        forward = len(launches)
+        backward()
+    return launches[:forward], launches[forward:]
+
+found = list(peers("gfx942", Path({str(tmp_path)!r})))
+assert len({{(peer.name, peer.op, peer.case) for peer in found}}) == len(found)
+assert {{(peer.op, peer.case) for peer in found}} == CASES.keys()
+here = {{peer.name for peer in found if isinstance(peer, Peer)}}
+assert here == {{"Liger, bfloat16 tables", "Liger, float32 tables"}}
+reasons = {{peer.name: peer.reason for peer in found if isinstance(peer, Missing)}}
+assert "vllm/model_executor/layers/rotary_embedding/mrope.py" in reasons["vLLM"]
+assert "neither pip nor git" in reasons["flash-attn"]
+assert "got 'gfx942'" in reasons["FlexAttention"]
+nowhere = [peer for peer in peers("sm_90", None) if peer.name == "Triton tutorial"]
+assert nowhere and all("was named" in peer.reason for peer in nowhere)
+
+peer = next(peer for peer in found if peer.case == "language")
+assert (peer.op, peer.version) == ("rope", "1.2")
+forward, backward = passes(peer, compiled.session("gfx942"))
+assert [launch.grid for launch in forward] == [(256 * heads, 1, 1) for heads in (28, 4)]
+assert [launch.kernel for launch in forward + backward] == 4 * ["_fill_kernel"]
+assert all(launch.stores > 0 == launch.loads for launch in forward)
+traced = passes(peer, traffic.session())[0]
+assert [launch.written for launch in traced] == [256 * heads * 128 * 2 for heads in (28, 4)]
+
+forward, backward = passes(ours("rope", "language"), compiled.session("gfx942"))
+assert len(forward) == len(backward) == 1
+""",
+    )
+
+
+def test_inductor_writes_code_for_a_gpu_that_is_not_there():
+    _python(
+        "-c",
+        """
+import torch
+from torch.utils._triton import has_triton
+from compiled import inductor
+from patchpack.testing import compiled
+
+def function(x, y):
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return torch.cat([x * 2 + rows, y.sigmoid()], dim=1), (x * y).sum(1)
+
+def gradients(function):
+    x, y = torch.randn(2, 192, 640, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    outputs = function(x, y)
+    cotangents = [torch.linspace(-1, 1, x.numel()).view_as(x) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, (x, y), cotangents)]
+
+methods, there = torch.Tensor.copy_, has_triton()
+want = gradients(function)
+for target in ("sm_80", "sm_90"):
+    torch._dynamo.reset()
+    with compiled.session(target, run=True) as launches:
+        got = gradients(torch.compile(function, backend=inductor.backend(target)))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(launches) >= 3
+    assert {launch.target for launch in launches} == {target}
+    assert all(launch.kernel.startswith("triton_") for launch in launches)
+assert (torch.Tensor.copy_, has_triton()) == (methods, there)
+try:
+    inductor.check("gfx942")
+except ValueError as error:
+    assert "target must be one of sm_80" in str(error)
+else:
+    raise SystemExit("not refused")
+""",
+    )

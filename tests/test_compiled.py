@@ -14,6 +14,14 @@ from patchpack.testing import compiled
 
 OPTIONS = {"enable_fp_fusion": True}
 
+# the first spills, the second is smaller than need be, the last has more stages than fit
+CONFIGS = [
+    triton.Config({"STEP": 64}, num_warps=4, num_stages=2, maxnreg=32),
+    triton.Config({"STEP": 16}, num_warps=8, num_stages=2),
+    triton.Config({"STEP": 64}, num_warps=4, num_stages=2),
+    triton.Config({"STEP": 64}, num_warps=4, num_stages=16),
+]
+
 
 @triton.jit(do_not_specialize=["factor"])
 def _scale_kernel(x_ptr, out_ptr, stride, factor, N: tl.constexpr):
@@ -106,6 +114,14 @@ def test_matrix_products_use_the_tensor_cores_of_the_target(target, kind):
     assert launch.shared > 0
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_matrix_products_are_counted(target):
+    with compiled.session(target) as launches:
+        matmul(size=64, depth=32, step=32)  # one step, so no loop
+    assert launches[0].matrix_flops == 2 * 64 * 64 * 32
+    assert launches[0].constants == {"K": 32, "N": 64, "STEP": 32}
+
+
 def test_matrix_instructions_are_counted():
     with compiled.session("sm_80") as launches:
         matmul(size=64, depth=64, step=64, num_warps=4)
@@ -142,6 +158,22 @@ def test_too_much_shared_memory_is_an_error():
     with compiled.session("sm_86") as launches, pytest.raises(OutOfResources, match="shared"):
         matmul(**large)
     assert launches == []
+
+
+def test_autotuning_takes_what_spills_least_and_then_what_has_least_to_do():
+    tuned = triton.autotune(CONFIGS, key=["K"])(_matmul_kernel)
+    a, b = torch.ones(2, 64, 1024, dtype=torch.bfloat16)
+    out = torch.zeros(64, 64)
+    with compiled.session("sm_90", run=True) as launches:
+        tuned[(1,)](a, b, out, 1024, 64)
+    [launch] = launches
+    assert tuned.best_config is CONFIGS[2]
+    assert (launch.constants["STEP"], launch.num_warps, launch.spills) == (64, 4, 0)
+    assert (out == 1024).all()
+    costs = [tuned.configs_timings[config] for config in CONFIGS]
+    assert costs[0][0] > 0 == costs[1][0] == costs[2][0]
+    assert costs[1][1] > costs[2][1]
+    assert costs[3] == 3 * [float("inf")]
 
 
 def test_launches_run_when_asked():

@@ -11,9 +11,10 @@ how long it takes is not to be had from it.
 
 import contextlib
 import functools
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,6 +156,16 @@ class Launch:
                 found[(kind[1] or kind[0]).upper()] += count
         return dict(found)
 
+    @property
+    def cost(self) -> list[float]:
+        """What autotuning minimises where nothing can be timed: spills, then instructions.
+
+        Those of all warps: in the main loop for a multiplication of matrices, if there are any.
+        """
+        if self.code.macs:
+            return [self.spills, self.code.loop.total() * self.num_warps / self.code.macs]
+        return [self.spills, self.instructions * self.num_warps * math.prod(self.grid)]
+
     def _count(self, pattern: str) -> int:
         return sum(n for opcode, n in self.code.opcodes.items() if re.match(pattern, opcode))
 
@@ -162,6 +173,8 @@ class Launch:
 @contextlib.contextmanager
 def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
     """Compile for ``target`` what is launched on CPU tensors within this context.
+
+    Where Triton would autotune, the configuration of least ``Launch.cost`` is launched.
 
     Args:
         target: A key of ``MULTIPROCESSORS``.
@@ -180,17 +193,27 @@ def session(target: str, *, run: bool = False) -> Iterator[list[Launch]]:
     if knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET set: unset it")
     compile_only = functools.partial(JITFunction.run, warmup=True)
-    launches = []
+    launches: list[Launch] = []
+    tuning = False
 
     def launch(kernel, grid, args, kwargs):
         binary = compile_only(kernel, *args, grid=grid, **kwargs)
         _check_resources(binary, target)
         arguments = _bound(kernel, args, kwargs)
         launches.append(_inspect(kernel, binary, target, grid, arguments))
-        if run:
+        if run and not tuning:
             execute(kernel, grid, args, kwargs)
 
-    with interpreted(launch), replaced(driver, "_active", _Driver(target)):
+    def measure(call, **_):
+        nonlocal tuning
+        tuning = True
+        try:
+            call()
+        finally:
+            tuning = False
+        return launches.pop().cost
+
+    with interpreted(launch), replaced(driver, "_active", _Driver(target, measure)):
         yield launches
 
 
@@ -221,8 +244,9 @@ def _row(launch: Launch) -> list[str]:
 class _Driver:
     """What Triton asks of a driver before it compiles."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, measure: Callable[..., list[float]]) -> None:
         self.target = target
+        self.measure = measure
 
     def get_current_target(self) -> GPUTarget:
         if self.target.startswith("gfx"):
@@ -234,6 +258,12 @@ class _Driver:
 
     def get_current_stream(self, device: str) -> int:
         return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return self.measure
 
 
 def _check_resources(binary: Any, target: str) -> None:

@@ -273,6 +273,10 @@ class _Allocations(TorchDispatchMode):
         self.undefined: dict[int, np.ndarray] = {}
         self.passed: set[int] = set()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # otherwise compiled functions run uncompiled under it
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
