@@ -45,7 +45,7 @@ def main() -> None:
         "--without", action="append", default=[], metavar="PROVIDER", help="leave out a provider"
     )
     parser.add_argument("--check", action="store_true", help="fail if a floor is missed")
-    parser.add_argument("--no-plot", action="store_true", help="leave the picture as it is")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # of a run
     parser.add_argument("--out", type=Path, help="bench/results, and with --quick build/bench")
     args = parser.parse_args()
     if args.device is None and has_unused_gpu():
@@ -62,8 +62,9 @@ def main() -> None:
     path = args.out / (re.sub(r"\W+", "-", info["device"]).strip("-").lower() + ".json")
     failed = []
     try:
-        if len(ops) == 1:
+        if not args.part:
             _introduce(info, console)
+        if len(ops) == 1:
             failed = time_op(ops[0], args, path, console)
         else:
             failed = _time_each(ops, args, info)
@@ -71,11 +72,11 @@ def main() -> None:
         console.print("interrupted: what was measured is kept")
         sys.exit(INTERRUPTED)
     finally:
-        if path.exists() and not args.no_plot:
+        if path.exists() and not args.part:
             plot(path)
             console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False)
     floors = [floor for floor in read(path)["floors"] if _asked(floor, ops, args)]
-    if floors:
+    if floors and not args.part:
         show_floors(floors, console)
     for line in failed:
         console.print(f"failed: {line}", style="red", markup=False, highlight=False)
@@ -91,7 +92,7 @@ def _introduce(info: Machine, console: Console) -> None:
 
 def _time_each(ops: list[str], args: argparse.Namespace, info: Machine) -> list[str]:
     """Time each op in a process of its own; returns those that failed."""
-    options = [f"--device={args.device}", f"--out={args.out}", "--no-plot"]
+    options = [f"--device={args.device}", f"--out={args.out}", "--part"]
     options += ["--quick"] * args.quick
     options += [f"--dtype={dtype}" for dtype in args.dtype or ()]
     options += [f"--without={provider}" for provider in args.without]
