@@ -396,7 +396,7 @@ def test_a_gpu_that_answers_no_more_ends_the_report(checks, monkeypatch, tmp_pat
         raise RuntimeError("an illegal memory access was encountered")
 
     checks.do = fail
-    monkeypatch.setattr(verify, "_answers", lambda device: not answers)
+    monkeypatch.setattr(machine, "answers", lambda device: not answers)
     stopped, results = _report(tmp_path / "report.json", 1)
     assert stopped == "the GPU answers no more since first of rope: the rest is not run"
     assert [(name, r["passed"]) for name, r in results.items()] == [("first", False)]
@@ -432,6 +432,53 @@ def test_a_gpu_that_cannot_be_used_is_one_line(error, monkeypatch, capsys):
     assert line.endswith("cannot verify on cpu: CUDA-capable device(s) is/are busy")
 
 
+# pytest -m gpu -----------------------------------------------------------------------------------
+
+TESTS = """
+import pytest
+import torch
+
+def lost():
+    raise RuntimeError("an illegal memory access was encountered")
+
+@pytest.mark.gpu
+def test_too_large():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 8 GiB")
+
+def test_too_large_for_the_host():
+    raise torch.OutOfMemoryError("it is not on a GPU")
+
+@pytest.mark.gpu
+def test_out_of_bounds():
+    torch.cuda.synchronize = lost
+    lost()
+
+@pytest.mark.gpu
+def test_that_cannot_run():
+    pass
+"""
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_tests_of_a_gpu_are_skipped_or_stopped_with_a_reason(gpu, tmp_path, monkeypatch):
+    """With the hooks of our ``conftest.py``."""
+    if not gpu and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "test_it.py").write_text(TESTS)
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), *sys.path[1:]]))
+    options = ("-p", "conftest", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", tmp_path)
+    printed = _python("-m", "pytest", *options, gpu=gpu, status=2 if gpu else 1)
+    assert "FAILED" in printed
+    if gpu:
+        assert "CUDA out of memory. Tried to allocate 9.00 GiB." in printed
+        assert "the GPU answers no more since test_out_of_bounds" in printed
+        assert "2 failed, 1 skipped" in printed
+    else:
+        assert machine.no_gpu() in printed
+        assert "1 failed, 3 skipped" in printed
+
+
 # the machine -------------------------------------------------------------------------------------
 
 
@@ -457,8 +504,8 @@ def test_why_there_is_no_gpu(cuda, visible, driver, message, monkeypatch, tmp_pa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    want = f"torch {torch.__version__} {message.format(driver=tmp_path, hidden='CUDA_VISIBLE_DEVICES=')}"
-    assert machine.no_gpu() == want
+    named = message.format(driver=tmp_path, hidden="CUDA_VISIBLE_DEVICES=")
+    assert machine.no_gpu() == f"torch {torch.__version__} {named}"
     assert machine.has_unused_gpu() == (driver and visible is None)
 
 

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 progress.update(task, description=f"{op}: {check}")
                 results.append(_verify(op, check, impl, device))
                 progress.advance(task)
-                if not _answers(device):
+                if not machine.answers(device):
                     stopped = f"the GPU answers no more since {check} of {op}: the rest is not run"
                     break
         except KeyboardInterrupt:
@@ -116,16 +116,6 @@ def _reserve(path: Path) -> None:
         raise CommandError(f"cannot write the report to {path}: {error.strerror}") from error
 
 
-def _answers(device: str) -> bool:
-    """Whether the device still works: a kernel that reads out of bounds ends all work on a GPU."""
-    try:
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _verify(op: str, check: str, impl: str, device: str) -> Result:
     if impl == "reference" and check in NOT_OWED_BY_REFERENCE:
         return Result(op, check, None, message=NOT_OWED_BY_REFERENCE[check])
@@ -147,7 +137,7 @@ def _verify(op: str, check: str, impl: str, device: str) -> Result:
             too_large.append(f"{subject.case}: {str(error).partition(' GPU ')[0]}")
         except Exception as error:  # whatever it is, it is the finding
             failures.append(f"{subject.case}: {type(error).__name__}: {error}")
-            if not _answers(device):
+            if not machine.answers(device):
                 break
     verdict = False if failures else None if too_large else True
     result = Result(op, check, verdict, len(cases), message="; ".join(failures or too_large))

@@ -106,6 +106,16 @@ def has_unused_gpu() -> bool:
     return visible and no_gpu() is not None and any(path.exists() for path in DRIVERS)
 
 
+def answers(device: str) -> bool:
+    """Whether a device still works: a kernel that reads out of bounds ends all work on a GPU."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def nvidia_smi(**fields: str) -> dict[str, str]:
     """What nvidia-smi says of the current GPU, by the names that ``fields`` gives its queries."""
     uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
