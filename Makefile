@@ -24,11 +24,15 @@ check: $(native) python/patchpack/kernels
 	$(bin)/torch-abi-audit --check both $(native)
 	$(bin)/torch-abi-audit $(native) | grep -q "Min torch: *2.10.0"
 
+# Of a GPU, if torch finds one, else of the CPU; OP names ops or gives options of bench/run.py.
+# What is compared beside torch and transformers needs a GPU: add flash-attn, which compiles long
+PEERS ?= liger-kernel
 # glibc returns large blocks to the system at once and pays for their pages again: not what is timed
 bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench: export MALLOC_TOP_PAD_ = 268435456
 bench: $(native)
+	-$(bin)/pip install -q --no-build-isolation $(PEERS)
 	$(bin)/python bench/run.py --check $(OP)
 
 mutate: $(native)

@@ -12,27 +12,24 @@ import functools
 import gc
 import math
 import os
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from pytest_benchmark.stats import Stats
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 import patchpack
+from _results import Bound, FloorFound, Machine, Params, Results, Skipped, Timing
 from patchpack.testing.catalogue import SPECS, Inputs
 from patchpack.testing.compare import MAX_RELATIVE_RMS
-from patchpack.testing.contract import Subject, check_accuracy, leaves, tensors
+from patchpack.testing.contract import Subject, accuracies, leaves, tensors
+from patchpack.testing.machine import describe, nvidia_smi
 
 # a provider that cannot run here raises while it is made or first called: that is the reason given
 Provider = Callable[..., Any]
@@ -45,16 +42,19 @@ PHOTOS = [
     *((14, 20), (30, 30), (12, 46), (26, 18), (20, 20), (34, 22), (24, 24), (44, 30)),
 ]
 
-LIBRARIES = ("triton", "transformers", "torchvision", "liger_kernel", "flash_attn")
+OURS = ("triton", "cuda", "native", "patchpack")
 
 SECONDS = 0.6  # for the rounds of one provider
 ROUNDS = (5, 100)  # at least and at most, whatever SECONDS says
 REFERENCE_ROUNDS = 2  # at least: it is there to be right
 # places of a case's tensors, if memory bounds it: one lies better than another, by a tenth or more
 PLACES = 3
-# how often a GPU clears its caches before a step: a millisecond or two by which the host is ahead,
-# as in training, so that its own work shows only where it takes longer than that
-LEAD = 32
+# bytes that a GPU clears before a step, larger than any cache, and how often: a millisecond or two
+# by which the host is ahead, as in training, so that its own work shows only where it takes longer
+CACHES = 2**29
+LEAD = 16
+# of a GPU, bytes that are copied and rows that are multiplied to know what it reaches at most
+PEAK_BYTES, PEAK_ROWS = 2**30, 8192
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Bench:
     make_inputs: Callable[..., Inputs]
     bytes_moved: Callable[[Inputs, bool], int]
     flops: Callable[[Inputs, bool], int]
-    bound: str
+    bound: Bound
     peers: dict[str, MakeProvider]
     large: dict[str, Inputs] = field(default_factory=dict)
     backward: bool = True
@@ -124,13 +124,17 @@ class Case:
             "direction": "forward+backward" if self.backward else "forward",
         }
 
+    def of(self, provider: str) -> Params:
+        """The case as computed by a provider."""
+        return {**self.params, "provider": provider}  # pyright: ignore[reportReturnType]
+
 
 class UnavailableError(Exception):
     """A provider cannot run a case, and why."""
 
 
 class WrongError(Exception):
-    """A provider computes something else than the op, so nothing is timed."""
+    """A provider computes something else than the op, so it is not timed."""
 
 
 def heads(
@@ -155,19 +159,26 @@ def photo(height: int, width: int, device: str) -> Tensor:
     return (wave + noise).to(torch.uint8).permute(2, 0, 1)
 
 
-def run_case(case: Case, quick: bool, without: Sequence[str] = ()) -> dict[str, list[dict]]:
+def run_case(case: Case, quick: bool, without: Sequence[str] = ()) -> Results:
     """Time the providers of a case, those ``without`` left out, and what bounds it.
 
     Returns:
         ``benchmarks``: results in pytest-benchmark's layout; ``skipped``: the providers that were
-        not timed, with reasons; ``floors``: those of the case, with what was measured.
-
-    Raises:
-        WrongError: The op fails its accuracy check here, or a peer differs from the reference.
+        not timed, with reasons; ``floors``: those of the case, with what was measured. Where the
+        case does not fit into the memory of a GPU none is timed.
     """
+    try:
+        return _run_case(case, quick, without)
+    except torch.OutOfMemoryError as error:
+        reason = f"the case needs more memory: {_first_sentence(error)}"
+    torch.cuda.empty_cache()
+    return {"benchmarks": [], "skipped": [_skipped(case, "any", reason)], "floors": []}
+
+
+def _run_case(case: Case, quick: bool, without: Sequence[str]) -> Results:
     bench = case.bench
     shape = bench.tiny if quick else (bench.shapes | bench.large)[case.shape]
-    clock = _clock(case.device)
+    clock = _clock(case.device, quick)
     rounds: tuple[int, int] = (1, 1) if quick else ROUNDS
     places = PLACES if case.device == "cpu" and bench.bound == "copy" and not quick else 1
     stats: dict[str, Stats] = {}
@@ -181,7 +192,7 @@ def run_case(case: Case, quick: bool, without: Sequence[str] = ()) -> dict[str, 
                 name: functools.partial(clock, step) for name, step in steps.items()
             }
             work = bench.bytes_moved(inputs, case.backward), bench.flops(inputs, case.backward)
-            clocks[bench.bound] = _limit(case, *work, clock)
+            clocks[bench.bound] = _limit(case, *work, clock, quick)
             with torch.set_grad_enabled(case.backward):
                 _interleave(clocks, stats, places, *rounds)
             held.append(clocks)
@@ -189,10 +200,25 @@ def run_case(case: Case, quick: bool, without: Sequence[str] = ()) -> dict[str, 
         limit_s = found[bench.bound]["median"]
         results = [_result(case, name, s, work, limit_s) for name, s in found.items()]
         if case.device == "cuda":
-            for result in results[:-1]:
-                with torch.set_grad_enabled(case.backward):
-                    result["extra_info"]["host_s"] = _host_seconds(steps[result["name"]])
+            _add_what_a_gpu_has(case, results, steps, quick)
     return {"benchmarks": results, "skipped": skipped, "floors": _floors(case, results)}
+
+
+def _add_what_a_gpu_has(
+    case: Case, results: Sequence[Timing], steps: dict[str, Step], quick: bool
+) -> None:
+    """The clocks it has reached, the host's share, and what the GPU reaches at most."""
+    clocks = nvidia_smi(sm_clock="clocks.sm", memory_clock="clocks.mem")
+    copy, matmul = peaks(case.device, case.dtype, quick)
+    for result in results:
+        info = result["extra_info"]
+        info["copy_gb_per_s"], info["matmul_gflop_per_s"] = copy, matmul
+        info["of_copy"] = info["gb_per_s"] / copy
+        info["of_matmul"] = info["gflop_per_s"] / matmul
+        if step := steps.get(result["name"]):
+            with torch.set_grad_enabled(case.backward):
+                info["host_s"] = _host_seconds(step, 1 if quick else 9)
+        info.update(clocks)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 @contextmanager
@@ -208,7 +234,7 @@ def threads(num_threads: int | None) -> Iterator[None]:
 
 def _steps(
     case: Case, inputs: Inputs, providers: dict[str, MakeProvider]
-) -> tuple[dict[str, Step], list[dict]]:
+) -> tuple[dict[str, Step], list[Skipped]]:
     """What is timed of each provider, and those that cannot run, with reasons."""
     cotangents: list[Tensor] = []
     if case.backward:
@@ -217,23 +243,37 @@ def _steps(
         cotangents = [torch.randn_like(x) for x in outputs if x.is_floating_point()]
     steps: dict[str, Step] = {}
     skipped = []
+    kept = [x.clone() for x in tensors(list(inputs.values()))]
     want = None
     for name, make in providers.items():
         try:
-            step = _step(make(inputs), case, inputs, cotangents)
+            own = [x.clone() for x in cotangents]  # some write gradients over them
+            step = _step(make(inputs), case, inputs, own)
             with torch.set_grad_enabled(case.backward):
                 got = tensors(step())
-        except WrongError:
-            raise
-        except Exception as error:
-            reason = re.split(r"\n|(?<=\.) ", str(error).strip())[0]  # its first sentence
-            kind = "" if isinstance(error, UnavailableError) else f"{type(error).__name__}: "
-            skipped.append({**case.params, "provider": name, "reason": kind + reason})
-            continue
-        want = want or got  # what is right comes first
-        _same(name, case, got, want)
-        steps[name] = step
+            _unchanged(inputs, kept)
+            want = want or got  # what is right comes first
+            _same(case, got, want)
+        except (UnavailableError, torch.OutOfMemoryError) as error:
+            skipped.append(_skipped(case, name, _first_sentence(error)))
+        except ModuleNotFoundError as error:
+            skipped.append(_skipped(case, name, f"{error.name} is not installed"))
+        except WrongError as error:
+            skipped.append({**_skipped(case, name, str(error)), "failed": True})
+        except Exception as error:  # a library may raise anything: the others go on
+            reason = f"{type(error).__name__}: {_first_sentence(error)}"
+            skipped.append({**_skipped(case, name, reason), "failed": True})
+        else:
+            steps[name] = step
     return steps, skipped
+
+
+def _skipped(case: Case, provider: str, reason: str) -> Skipped:
+    return {**case.of(provider), "reason": reason}
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\n|(?<=\.) ", str(error).strip())[0]
 
 
 def _providers(case: Case, quick: bool, without: Sequence[str]) -> dict[str, MakeProvider]:
@@ -283,10 +323,9 @@ def _ours(case: Case, impl: str, inputs: Inputs) -> Provider:
 
 @functools.cache
 def _check_accuracy(subject: Subject) -> None:
-    try:
-        check_accuracy(subject)
-    except AssertionError as error:
-        raise WrongError(f"{subject} is not as accurate as eager: {error}") from error
+    failed = [str(accuracy) for accuracy in accuracies(subject) if not accuracy.passed]
+    if failed:
+        raise WrongError(f"it is not as accurate as eager in {subject.case!r}: {failed[0]}")
 
 
 def _step(provider: Provider, case: Case, inputs: Inputs, cotangents: Sequence[Tensor]) -> Step:
@@ -303,29 +342,67 @@ def _step(provider: Provider, case: Case, inputs: Inputs, cotangents: Sequence[T
     return step
 
 
-def _same(name: str, case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+def _unchanged(inputs: Inputs, kept: Sequence[Tensor]) -> None:
+    """Whoever writes into its inputs spoils those of the others: they are put back."""
+    changed = False
+    for x, before in zip(tensors(list(inputs.values())), kept, strict=True):
+        if not torch.equal(x, before):
+            x.copy_(before)
+            changed = True
+    if changed:
+        raise WrongError("it changes its inputs")
+
+
+def _same(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
     """Whoever computes something else is no provider of this op."""
     most = case.bench.max_relative_rms
     if most is None:
         most = 2 * MAX_RELATIVE_RMS.get(case.dtype, 0)  # both may err
-    for x, y in zip(got, want, strict=True):
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
         error = torch.linalg.vector_norm(x.float() - y.float())
-        if not error <= most * torch.linalg.vector_norm(y.float()):
-            raise WrongError(f"{name} does not compute {case.bench.op}: {case.params}")
+        norm = torch.linalg.vector_norm(y.float())
+        if not error <= most * norm:
+            found = f"result {i} errs by {(error / norm).item():.1e}, at most {most:.1e}"
+            raise WrongError(f"it does not compute {case.bench.op}: {found}")
 
 
 def _limit(
-    case: Case, num_bytes: int, flops: int, clock: Callable[[Step], float]
+    case: Case, num_bytes: int, flops: int, clock: Callable[[Step], float], quick: bool
 ) -> Callable[[], float]:
     """Seconds of a copy or a matrix product of as much work."""
     if case.bench.bound == "copy":
-        source = torch.ones(num_bytes // 8, device=case.device)
-        target = torch.ones_like(source)
-        return lambda: clock(lambda: target.copy_(source))
-    least = 1024 if case.device == "cpu" else 8192  # smaller products do not reach the peak
+        step = _copy(num_bytes // 2, case.device)
+        return lambda: clock(step)
+    least = 1024 if case.device == "cpu" or quick else PEAK_ROWS  # less does not reach the peak
     n = max(least, math.ceil((flops / 2) ** (1 / 3) / 64) * 64)
-    a, b = torch.randn(2, n, n, device=case.device).to(case.dtype)
-    return lambda: clock(lambda: torch.mm(a, b)) * flops / (2 * n**3)
+    step = _matmul(n, case.device, case.dtype)
+    return lambda: clock(step) * flops / (2 * n**3)
+
+
+def _copy(num_bytes: int, device: str) -> Step:
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.ones_like(source)
+    return lambda: target.copy_(source)
+
+
+def _matmul(rows: int, device: str, dtype: torch.dtype) -> Step:
+    a, b = torch.randn(2, rows, rows, device=device).to(dtype)
+    return lambda: torch.mm(a, b)
+
+
+@functools.cache
+def peaks(device: str, dtype: torch.dtype, quick: bool) -> tuple[float, float]:
+    """GB a second of a large copy, read and written, and GFLOP a second of a large product."""
+    num_bytes, rows = (2**20, 64) if quick else (PEAK_BYTES, PEAK_ROWS)
+    clock = _clock(device, quick)
+
+    def median(step: Step) -> float:
+        return statistics.median(clock(step) for _ in range(1 if quick else 20))
+
+    return (
+        2 * num_bytes / median(_copy(num_bytes, device)) / 1e9,
+        2 * rows**3 / median(_matmul(rows, device, dtype)) / 1e9,
+    )
 
 
 def _interleave(
@@ -353,7 +430,7 @@ def _interleave(
         gc.enable()
 
 
-def _clock(device: str) -> Callable[[Step], float]:
+def _clock(device: str, quick: bool) -> Callable[[Step], float]:
     """A function that gives the seconds of one step."""
     if device == "cpu":
 
@@ -365,7 +442,7 @@ def _clock(device: str) -> Callable[[Step], float]:
         return cpu
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flushed = torch.empty(2**28, dtype=torch.uint8, device=device)  # larger than any L2 cache
+    flushed = torch.empty(1 if quick else CACHES, dtype=torch.uint8, device=device)
 
     def cuda(step: Step) -> float:
         for _ in range(LEAD):
@@ -379,7 +456,7 @@ def _clock(device: str) -> Callable[[Step], float]:
     return cuda
 
 
-def _host_seconds(step: Step) -> float:
+def _host_seconds(step: Step, rounds: int) -> float:
     """How long the host takes to launch a step on a GPU that waits for it."""
 
     def seconds() -> float:
@@ -388,12 +465,12 @@ def _host_seconds(step: Step) -> float:
         step()
         return time.perf_counter() - begin
 
-    return statistics.median(seconds() for _ in range(9))
+    return statistics.median(seconds() for _ in range(rounds))
 
 
 def _result(
     case: Case, provider: str, stats: dict[str, Any], work: tuple[int, int], limit_s: float
-) -> dict[str, Any]:
+) -> Timing:
     num_bytes, flops = work
     median = stats["median"]
     group = ", ".join(case.params.values())
@@ -402,7 +479,7 @@ def _result(
         "name": provider,
         "fullname": f"{group}, {provider}",
         "param": provider,
-        "params": {**case.params, "provider": provider},
+        "params": case.of(provider),
         "stats": {**stats, "iterations": 1},
         "extra_info": {
             **machine(case.device),
@@ -417,7 +494,7 @@ def _result(
     }
 
 
-def _floors(case: Case, results: Sequence[dict]) -> list[dict]:
+def _floors(case: Case, results: Sequence[Timing]) -> list[FloorFound]:
     """The floors of a case: ``met`` is ``None`` where the peer was not timed."""
     medians = {result["name"]: result["stats"]["median"] for result in results}
     params = case.params
@@ -430,8 +507,7 @@ def _floors(case: Case, results: Sequence[dict]) -> list[dict]:
         met = None if theirs is None else measured is not None and measured >= floor.ratio
         rows.append(
             {
-                **params,
-                "provider": floor.provider,
+                **case.of(floor.provider),
                 "peer": floor.peer,
                 "ratio": floor.ratio,
                 "measured": measured,
@@ -444,26 +520,15 @@ def _floors(case: Case, results: Sequence[dict]) -> list[dict]:
 
 
 @functools.cache
-def machine(device: str) -> dict[str, Any]:
-    """What a number was measured on: versions, device, threads and the allocator's settings.
+def machine(device: str) -> Machine:
+    """What a number was measured on: see ``describe``; threads and the allocator's settings.
 
     ``PATCHPACK_COMMIT`` names the commit where git cannot: in a copy without it, and after the
     first op of a run, whose results have changed the tree.
     """
-    commit = get_commit_info()
     tuned = ("MALLOC_", "PYTORCH_", "THP_MEM_ALLOC", "LD_PRELOAD")
     return {
-        "commit": os.environ.get("PATCHPACK_COMMIT")
-        or commit["id"] + ("-dirty" if commit["dirty"] else ""),
-        "torch": torch.__version__,
-        **{name: metadata.version(name) for name in LIBRARIES if find_spec(name)},
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        **describe(device),
         "threads": torch.get_num_threads(),
         "allocator": {k: v for k, v in sorted(os.environ.items()) if k.startswith(tuned)},
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.machine()
+    }  # pyright: ignore[reportReturnType]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -14,51 +15,54 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
+from _results import CASE, FloorFound, Results, Timing, read, write
+
 # what is shown the same way for every op
-OURS = dict.fromkeys(("native", "triton", "patchpack"), "black")
-OURS |= {"cuda": "dimgray", "reference": "silver"}
-CASE = ("op", "shape", "dtype", "direction")
+COLORS = dict.fromkeys(("native", "triton", "patchpack"), "black")
+COLORS |= {"cuda": "dimgray", "reference": "silver"}
 
 
-def merge(path: Path, found: dict[str, list[dict]]) -> None:
+def merge(path: Path, found: Results) -> None:
     """Put results of cases into a file, in place of what it has of the same cases."""
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    measured = set(map(_case, found["benchmarks"]))
-    for kind, rows in found.items():
-        kept = [row for row in stored.get(kind, []) if _case(row) not in measured]
-        stored[kind] = sorted(kept + rows, key=lambda row: _case(row)[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stored, indent=1) + "\n")
+    stored = read(path)
+    measured = set(map(_case, [*found["benchmarks"], *found["skipped"]]))
+    for kind, rows in stored.items():
+        kept = [row for row in rows if _case(row) not in measured]
+        stored[kind] = sorted([*kept, *found[kind]], key=lambda row: _case(row)[0])
+    write(path, stored)
 
 
-def _case(row: dict) -> tuple[str, ...]:
+def _case(row: Mapping[str, Any]) -> tuple[str, ...]:
     params = row.get("params", row)
     return tuple(params[name] for name in CASE)
 
 
-def show(results: list[dict], console: Console) -> None:
-    """Print the results of a case."""
+def show(results: list[Timing], console: Console) -> None:
+    """Print the results of a case; of a GPU, also what share of its peaks they reach."""
+    if not results:
+        return
     table = Table(title=results[0]["group"], title_justify="left", min_width=88)
     table.add_column("provider")
-    on_gpu = "host_s" in results[0]["extra_info"]
+    on_gpu = "of_copy" in results[0]["extra_info"]
     headings = ("median ms", "quartiles", "GB/s", "GFLOP/s", "of limit", "host ms")
     for heading in headings if on_gpu else headings[:-1]:
         table.add_column(heading, justify="right")
     for result in results:
         stats, info = result["stats"], result["extra_info"]
+        copy, matmul = (f" {x:4.0%}" if x else "" for x in map(info.get, ("of_copy", "of_matmul")))
         table.add_row(
             result["name"],
             _milliseconds(stats["median"]),
             f"{_milliseconds(stats['q1'])} to {_milliseconds(stats['q3'])}",
-            f"{info['gb_per_s']:.1f}",
-            f"{info['gflop_per_s']:.1f}",
+            f"{info['gb_per_s']:.1f}{copy}",
+            f"{info['gflop_per_s']:.1f}{matmul}",
             f"{info['of_limit']:.0%} of {info['limit']}",
             *([_milliseconds(info["host_s"])] if "host_s" in info else []),
         )
     console.print(table)
 
 
-def show_floors(floors: list[dict], console: Console) -> None:
+def show_floors(floors: list[FloorFound], console: Console) -> None:
     """Print how fast ops have to be, and how fast they are."""
     table = Table(title="floors", title_justify="left", min_width=88)
     table.add_column("case")
@@ -84,7 +88,9 @@ def _milliseconds(seconds: float) -> str:
 
 def plot(path: Path) -> None:
     """Draw, beside a file of results, how much of its limit every provider reaches."""
-    results = json.loads(path.read_text())["benchmarks"]
+    results = read(path)["benchmarks"]
+    if not results:
+        return
     ops = {op: list(rows) for op, rows in groupby(results, lambda r: r["params"]["op"])}
     heights = {op: len({r["group"] for r in rows}) + 3 for op, rows in ops.items()}
     columns: list[list[str]] = [[], []]
@@ -111,9 +117,9 @@ def plot(path: Path) -> None:
 
 def _plot_op(op: str, results: list[dict], axes: Axes) -> None:
     cases = list(dict.fromkeys(r["group"] for r in results))
-    special = {*OURS, results[0]["extra_info"]["limit"]}
+    special = {*COLORS, results[0]["extra_info"]["limit"]}
     peers = [name for name in dict.fromkeys(r["name"] for r in results) if name not in special]
-    colors = OURS | {name: f"C{i}" for i, name in enumerate(peers)}
+    colors = COLORS | {name: f"C{i}" for i, name in enumerate(peers)}
     for name, color in colors.items():
         rows = [r for r in results if r["name"] == name]
         reached = [r["extra_info"]["of_limit"] for r in rows]
@@ -130,7 +136,7 @@ def _plot_op(op: str, results: list[dict], axes: Axes) -> None:
                 reached,
                 places,
                 xerr=ends,
-                fmt="D" if name in OURS else "o",
+                fmt="D" if name in COLORS else "o",
                 color=color,
                 label=name,
             )

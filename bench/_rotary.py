@@ -1,7 +1,7 @@
 """What the rotary ops share: their least work, and other libraries' ways to do it.
 
-Those take tables of cosines and sines, which a model makes once a forward pass and shares between
-its layers: making them is not timed. A library that is not installed raises ``ImportError``.
+Those take tables of cosines and sines, which a model makes once a forward pass, in the dtype that
+its layers take, and shares between them: making them is not timed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from _harness import MakeProvider, Provider, UnavailableError
 from patchpack.testing.catalogue import SPECS, Inputs
 
-RotaryPeer = Callable[[Tensor, Tensor, bool], Provider]  # of cos, sin [T, D / 2], interleaved
+RotaryPeer = Callable[[Tensor, Tensor, Inputs], Provider]  # of cos, sin [T, D / 2] in float32
 
 
 def bytes_moved(inputs: Inputs, backward: bool) -> int:
@@ -30,51 +30,65 @@ def flops(inputs: Inputs, backward: bool) -> int:
     return (2 if backward else 1) * 3 * (inputs["q"].numel() + inputs["k"].numel())
 
 
-def transformers_vision(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
+def transformers_vision(cos: Tensor, sin: Tensor, inputs: Inputs) -> Provider:
     """Eager, in float32."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision  # pyright: ignore[reportMissingImports]
 
-    _halves_only(interleaved)
-    cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
+    cos, sin = _for_halves(cos, sin, inputs)
     return lambda q, k, **_: apply_rotary_pos_emb_vision(q, k, cos, sin)
 
 
-def transformers_text(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
+def transformers_text(cos: Tensor, sin: Tensor, inputs: Inputs) -> Provider:
     """Eager, in the dtype of the heads."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb  # pyright: ignore[reportMissingImports]
 
-    _halves_only(interleaved)
-    cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
-
-    def rotate(q: Tensor, k: Tensor, **_) -> tuple[Tensor, ...]:
-        return apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
-
-    return rotate
+    cos, sin = _for_halves(cos, sin, inputs, inputs["q"].dtype)
+    return lambda q, k, **_: apply_rotary_pos_emb(q, k, cos, sin)
 
 
-def liger(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
-    """One Triton launch for both."""
+def liger_vision(cos: Tensor, sin: Tensor, inputs: Inputs) -> Provider:
+    """One Triton launch for both, of copies in float32."""
     from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision  # pyright: ignore[reportMissingImports]
 
-    _halves_only(interleaved)
-    cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
+    cos, sin = _for_halves(cos, sin, inputs)
     return lambda q, k, **_: liger_rotary_pos_emb_vision(q, k, cos, sin)
 
 
-def flash_attn(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
-    """One Triton launch for each."""
-    from flash_attn.layers.rotary import apply_rotary_emb  # pyright: ignore[reportMissingImports]
+def liger_text(cos: Tensor, sin: Tensor, inputs: Inputs) -> Provider:
+    """One Triton launch for both; sections are read from tables of three axes, if there are any."""
+    from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb  # pyright: ignore[reportMissingImports]
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
 
-    def rotate(q: Tensor, k: Tensor, **_) -> tuple[Tensor, ...]:
-        tables = cos.to(q.dtype), sin.to(q.dtype)
-        return tuple(apply_rotary_emb(x[None], *tables, interleaved)[0] for x in (q, k))
+    cos, sin = (x[None] for x in _for_halves(cos, sin, inputs, inputs["q"].dtype))
+    turn = liger_rotary_pos_emb
+    if not inputs.get("mrope_interleaved"):
+        cos, sin = (x.repeat(3, 1, 1, 1) for x in (cos, sin))
+        section = inputs["mrope_section"]
+        turn = lambda *args: liger_multimodal_rotary_pos_emb(*args, section)  # noqa: E731
+
+    def rotate(q: Tensor, k: Tensor, **_) -> list[Tensor]:
+        both = turn(*(x.transpose(0, 1)[None] for x in (q, k)), cos, sin)
+        return [x[0].transpose(0, 1) for x in both]
 
     return rotate
 
 
-def complex_product(cos: Tensor, sin: Tensor, interleaved: bool) -> Provider:
+def flash_attn(cos: Tensor, sin: Tensor, inputs: Inputs) -> Provider:
+    """One Triton launch for each."""
+    from flash_attn.layers.rotary import apply_rotary_emb  # pyright: ignore[reportMissingImports]
+
+    interleaved = inputs.get("interleaved", False)
+    cos, sin = (x.to(inputs["q"].dtype) for x in (cos, sin))
+
+    def rotate(q: Tensor, k: Tensor, **_) -> list[Tensor]:
+        return [apply_rotary_emb(x[None], cos, sin, interleaved)[0] for x in (q, k)]
+
+    return rotate
+
+
+def complex_product(cos: Tensor, sin: Tensor, inputs: Inputs) -> Provider:
     """Eager, pairs read as complex numbers: MoonViT's way."""
-    if not interleaved:
+    if not inputs.get("interleaved"):
         raise UnavailableError("it turns adjacent channels only")
     turn = torch.complex(cos, sin)[:, None]  # [T, 1, D / 2]
 
@@ -91,12 +105,18 @@ def _compiled(provider: Provider) -> Provider:
     return lambda q, k, **_: rotate(q, k)
 
 
-def _halves_only(interleaved: bool) -> None:
-    if interleaved:
+def _for_halves(
+    cos: Tensor, sin: Tensor, inputs: Inputs, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Tables ``[T, D]`` for channels that are half a head apart."""
+    if inputs.get("interleaved"):
         raise UnavailableError("it turns channels that are half a head apart only")
+    return tuple(x.repeat(1, 2).to(dtype) for x in (cos, sin))
 
 
-def peers(op: str, transformers: RotaryPeer = transformers_vision) -> dict[str, MakeProvider]:
+def peers(
+    op: str, transformers: RotaryPeer = transformers_vision, liger: RotaryPeer = liger_vision
+) -> dict[str, MakeProvider]:
     """The peers of a rotary op."""
     libraries: dict[str, RotaryPeer] = {
         "transformers": transformers,
@@ -107,7 +127,7 @@ def peers(op: str, transformers: RotaryPeer = transformers_vision) -> dict[str, 
     }
 
     def prepared(peer: RotaryPeer) -> MakeProvider:
-        return lambda inputs: peer(*table(op, inputs), inputs.get("interleaved", False))
+        return lambda inputs: peer(*table(op, inputs), inputs)
 
     return {name: prepared(peer) for name, peer in libraries.items()}
 

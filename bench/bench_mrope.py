@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from _harness import Bench, heads
-from _rotary import bytes_moved, flops, peers, transformers_text
+from _rotary import bytes_moved, flops, liger_text, peers, transformers_text
 from patchpack.testing.catalogue import Inputs
 
 
@@ -46,5 +46,5 @@ BENCH = Bench(
     bytes_moved=bytes_moved,
     flops=flops,
     bound="copy",
-    peers=peers("mrope", transformers_text),
+    peers=peers("mrope", transformers_text, liger_text),
 )

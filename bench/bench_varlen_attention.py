@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import types
 
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from _harness import PHOTOS, Bench, Floor, Provider, UnavailableError, heads
+from _harness import PHOTOS, Bench, Floor, MakeProvider, Provider, UnavailableError, heads
 from patchpack.testing.catalogue import Inputs
 
 
@@ -120,30 +122,61 @@ def _flex_attention(inputs: Inputs) -> Provider:
     return attend
 
 
+def _nested_sdpa(inputs: Inputs) -> Provider:
+    """SDPA of jagged tensors; their least and largest length are told, not read back."""
+    lengths = _lengths(inputs)
+    least, longest = min(lengths), max(lengths)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool) -> Tensor:
+        gqa = q.shape[1] != k.shape[1]
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(
+                x, cu_seqlens_q, min_seqlen=least, max_seqlen=longest
+            ).transpose(1, 2)
+            for x in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+        return out.transpose(1, 2).values()
+
+    return attend
+
+
 def _torch_varlen(inputs: Inputs) -> Provider:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(_lengths(inputs))
+    attention = varlen_attn
+    if inputs["q"].shape[1] != inputs["k"].shape[1]:  # not every release has the option
+        attention = functools.partial(varlen_attn, enable_gqa=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool):
-        bounds = (cu_seqlens_q, cu_seqlens_q, longest, longest)
         window = (-1, 0 if causal else -1)
-        gqa = q.shape[1] != k.shape[1]
-        return varlen_attn(q, k, v, *bounds, window_size=window, enable_gqa=gqa)
+        return attention(q, k, v, cu_seqlens_q, cu_seqlens_q, longest, longest, window_size=window)
 
     return attend
 
 
-def _flash_attn(inputs: Inputs) -> Provider:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+def _flash_attn(module: str) -> MakeProvider:
+    """A release of flash-attn: each is a module of its own, and some give the logsumexp too."""
 
-    longest = max(_lengths(inputs))
+    def make(inputs: Inputs) -> Provider:
+        function = importlib.import_module(module).flash_attn_varlen_func
+        longest = max(_lengths(inputs))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool) -> Tensor:
-        bounds = (cu_seqlens_q, cu_seqlens_q, longest, longest)
-        return flash_attn_varlen_func(q, k, v, *bounds, causal=causal)
+        def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool) -> Tensor:
+            out = function(
+                *(q, k, v),
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_q,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
+                causal=causal,
+            )
+            return out[0] if isinstance(out, tuple) else out
 
-    return attend
+        return attend
+
+    return make
 
 
 VISION = {"num_heads": (16, 16), "head_dim": 80}
@@ -189,7 +222,10 @@ BENCH = Bench(
         "SDPA of a batch": _sdpa_batch,
         "FlexAttention": _flex_attention,
         "torch varlen_attn": _torch_varlen,
-        "flash-attn": _flash_attn,
+        "nested SDPA": _nested_sdpa,
+        "flash-attn": _flash_attn("flash_attn"),
+        "flash-attn 3": _flash_attn("flash_attn_interface"),
+        "flash-attn 4": _flash_attn("flash_attn.cute"),
     },
     floors=(
         Floor(PACKED, "float32", "forward", "matmul", 0.85),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import patchpack
+from patchpack.testing import machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,13 +45,31 @@ def with_and_without_extension(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Without the C++ extension, what is parametrised with its ``impl`` is skipped."""
+    """Without a GPU what needs one is skipped, without the extension what has its ``impl``."""
+    if no_gpu := machine.no_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=no_gpu))
     if (reason := patchpack.available("rope", "native")) is None:
         return
     for item in items:
         params = getattr(item, "callspec", None) and item.callspec.params
         if params and params.get("impl") == "native":
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """What is too large for a GPU is skipped, and one that answers no more ends the run."""
+    if not item.get_closest_marker("gpu"):
+        return (yield)
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        pytest.skip(str(error).partition(" GPU ")[0])
+    finally:
+        if not machine.answers("cuda"):
+            item.session.shouldstop = f"the GPU answers no more since {item.name}"
 
 
 @pytest.fixture(autouse=True)

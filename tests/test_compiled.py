@@ -114,12 +114,49 @@ def test_matrix_products_use_the_tensor_cores_of_the_target(target, kind):
     assert launch.shared > 0
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_matrix_products_are_counted(target):
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_the_main_loop_is_found(target):
     with compiled.session(target) as launches:
-        matmul(size=64, depth=32, step=32)  # one step, so no loop
-    assert launches[0].matrix_flops == 2 * 64 * 64 * 32
-    assert launches[0].constants == {"K": 32, "N": 64, "STEP": 32}
+        matmul(size=64, depth=256, step=32)
+        scale()
+    product, copy = launches
+    assert product.code.macs == 64 * 64 * 32  # one turn
+    assert 0 < product.code.loop.total() < product.instructions
+    assert product.loop["tensor"] > 0
+    assert product.loop.total() == product.code.loop.total()
+    assert product.constants == {"K": 256, "N": 64, "STEP": 32}
+    assert product.dtype == "bfloat16"
+    assert copy.code.macs == copy.code.loop.total() == 0
+
+
+def test_tensor_core_work_of_the_main_loop_is_what_its_instructions_do():
+    with compiled.session("sm_80") as launches:
+        matmul(size=64, depth=256, step=32, num_warps=4)
+    per_warp = 16 * 8 * 16  # of an HMMA
+    assert launches[0].loop["tensor"] * per_warp * 4 == launches[0].code.macs
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "blocks"),
+    [("sm_80", 4, 16), ("sm_120", 4, 12), ("sm_90", 8, 8), ("gfx942", 4, 8)],
+)
+def test_few_registers_leave_room_for_all_warps(target, warps, blocks):
+    with compiled.session(target) as launches:
+        scale(num_warps=warps)
+    [launch] = launches
+    assert launch.resident_blocks == blocks
+    assert launch.occupancy == 1
+
+
+def test_shared_memory_and_registers_limit_how_many_blocks_are_resident():
+    with compiled.session("sm_86") as launches:
+        matmul(size=64, depth=1024, step=128, num_stages=2)
+        scale(block=4096, num_warps=1)
+    product, copy = launches
+    room = 100 * 1024
+    assert product.resident_blocks == room // (product.shared + 1024)
+    a_warp = -(-copy.registers * 32 // 256) * 256
+    assert copy.resident_blocks == min(16, 2**16 // a_warp)
 
 
 def test_matrix_instructions_are_counted():

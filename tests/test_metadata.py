@@ -213,7 +213,6 @@ def test_a_length_that_does_not_fit_stays_within_the_tokens(call):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("call", CALLS)
 def test_a_gpu_says_what_the_host_says(call):
     function, arguments, lengths = CALLS[call]
@@ -597,7 +596,6 @@ def test_positions_never_wait_for_the_device(split_frames):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("split_frames", [False, True])
 def test_positions_on_a_gpu_are_those_of_the_host(split_frames):
     call = mrope_call()

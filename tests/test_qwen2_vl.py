@@ -1220,7 +1220,6 @@ def test_no_sample_has_no_tokens_to_validate():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_positions_on_a_gpu_are_those_of_the_host(layout):
     call = calls()[layout]

@@ -49,6 +49,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 _ROTARY = {"heads": (16, 16)}
+_FULL = {"softmax_scale": None}
 _MASKS = {
     "": {"return_lse": True},
     ", causal, GQA": {"heads": (4, 1), "causal": True},
@@ -78,10 +79,10 @@ _OPTIONS: dict[str, dict[str, tuple[str, Inputs]]] = {
     },
     "varlen_attention": {
         **{
-            f"head size {d}{name}": ("scale", {"softmax_scale": None, "head_dim": d, **options})
+            f"head size {d}{name}": ("scale", {**_FULL, "head_dim": d, **options})
             for d, (name, options) in itertools.product(HEAD_DIMS, _MASKS.items())
         },
-        **{f"head size {d}": ("scale", {"softmax_scale": None, "head_dim": d}) for d in OTHER_HEAD_DIMS},
+        **{f"head size {d}": ("scale", {**_FULL, "head_dim": d}) for d in OTHER_HEAD_DIMS},
     },
     "interpolate_tokens": {
         case: (case, {"channels": 1152})
@@ -118,7 +119,8 @@ _OPTIONS: dict[str, dict[str, tuple[str, Inputs]]] = {
         "Qwen3-VL, deepstack": ("float32 weights", {"channels": 1152, "order": "row"}),
     },
     "region_attention": {
-        case: (case, {"channels": 1152}) for case in ("Oryx, image", "Oryx, video", "Oryx, long video")
+        case: (case, {"channels": 1152})
+        for case in ("Oryx, image", "Oryx, video", "Oryx, long video")
     },
     "assemble": {
         "LLaVA-OneVision": ("LLaVA-OneVision", {"channels": 3584}),

@@ -1,16 +1,20 @@
-"""Show versions, and which implementation of which op is available here."""
+"""Show what a bug report needs: versions, devices, settings, and which implementations run."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
+import os
+from typing import Any
 
 import torch
 
 import patchpack
 from patchpack import _dispatch
+from patchpack.testing import machine
 from patchpack.testing.catalogue import SPECS
+
+# what changes how kernels are compiled and run
+SETTINGS = ("PATCHPACK_", "TRITON_", "TORCH_", "PYTORCH_", "CUDA_", "HIP_", "ROCR_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, value in _versions().items():
-        print(f"{name:<12}{value}")
+    for name, value in _facts().items():
+        print(f"{name:<20}{value}")
 
     missing: dict[tuple[str, str], list[str]] = {}  # ops by implementation and reason
     print(f"\n{'op':<20}" + "".join(f"{impl:<12}" for impl in _dispatch.IMPLS).rstrip())
@@ -52,18 +56,18 @@ def _of(ops: list[str]) -> str:
     return "" if len(ops) == len(SPECS) else f" for {', '.join(ops)}"
 
 
-def _versions() -> dict[str, str]:
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "not installed"
-    versions = {
-        "patchpack": patchpack.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "CUDA": torch.version.cuda or "not in this torch",
-    }
-    gpus = range(torch.cuda.device_count())
-    names = [torch.cuda.get_device_name(i) for i in gpus] or ["none"]
-    return {**versions, "GPU": ", ".join(names)}
+def _facts() -> dict[str, Any]:
+    facts = machine.describe("cpu")
+    facts["cpu"] = facts.pop("device")
+    if patchpack.available("rope", "native") is None:
+        facts["cpu"] += f", {torch.ops.patchpack.cpu_capability('')}"
+    facts |= machine.runtime()
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            gpu = machine.describe_gpu()
+        facts[f"gpu {index}"] = ", ".join(
+            str(value) if name == "device" else f"{name} {value}" for name, value in gpu.items()
+        )
+    if reason := machine.no_gpu():
+        facts["gpu"] = f"none: {reason}"
+    return facts | {x: y for x, y in sorted(os.environ.items()) if x.startswith(SETTINGS)}
