@@ -117,21 +117,21 @@ def test_matrix_products_use_the_tensor_cores_of_the_target(target, kind):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_the_main_loop_is_found(target):
     with compiled.session(target) as launches:
-        matmul(size=64, depth=256, step=32)
+        matmul(size=64, depth=8192, step=32)
         scale()
     product, copy = launches
     assert product.code.macs == 64 * 64 * 32  # one turn
     assert 0 < product.code.loop.total() < product.instructions
     assert product.loop["tensor"] > 0
     assert product.loop.total() == product.code.loop.total()
-    assert product.constants == {"K": 256, "N": 64, "STEP": 32}
+    assert product.constants == {"K": 8192, "N": 64, "STEP": 32}
     assert product.dtype == "bfloat16"
     assert copy.code.macs == copy.code.loop.total() == 0
 
 
 def test_tensor_core_work_of_the_main_loop_is_what_its_instructions_do():
     with compiled.session("sm_80") as launches:
-        matmul(size=64, depth=256, step=32, num_warps=4)
+        matmul(size=64, depth=8192, step=32, num_warps=4)
     per_warp = 16 * 8 * 16  # of an HMMA
     assert launches[0].loop["tensor"] * per_warp * 4 == launches[0].code.macs
 

@@ -141,22 +141,25 @@ def _loops(code: list[_Instruction]) -> Iterator[Counter[str]]:
         for _, end in bounds
     ]
     origins: list[list[int]] = [[] for _ in bounds]
-    for block, nexts in enumerate(ways):
-        for successor in nexts:
-            origins[successor].append(block)
+    reached, waiting = set(), [0]
+    while waiting:
+        if (block := waiting.pop()) not in reached:
+            reached.add(block)
+            waiting += ways[block]
+            for successor in ways[block]:
+                origins[successor].append(block)
 
     dominators = [{0}, *({*range(len(bounds))} for _ in bounds[1:])]
     changed = True
     while changed:
         changed = False
-        for block in range(1, len(bounds)):
-            known = [dominators[origin] for origin in origins[block]]
-            found = {block}.union(set.intersection(*known) if known else ())
+        for block in reached - {0}:
+            found = {block} | set.intersection(*(dominators[x] for x in origins[block]))
             changed |= found != dominators[block]
             dominators[block] = found
 
-    for block, nexts in enumerate(ways):
-        for head in dominators[block].intersection(nexts):
+    for block in reached:
+        for head in dominators[block].intersection(ways[block]):
             body, waiting = {head}, [block]
             while waiting:
                 if (inside := waiting.pop()) not in body:

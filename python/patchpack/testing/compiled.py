@@ -162,7 +162,7 @@ class Launch:
 
         Those of all warps: in the main loop for a multiplication of matrices, if there are any.
         """
-        if self.code.macs:
+        if self.code.macs and self.code.loop:
             return [self.spills, self.code.loop.total() * self.num_warps / self.code.macs]
         return [self.spills, self.instructions * self.num_warps * math.prod(self.grid)]
 
