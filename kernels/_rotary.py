@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit
+from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit, warp_size
 
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
@@ -203,7 +203,7 @@ def launch(
         return q_out, k_out
     unit = stride_unit(q, k)
     block_i = triton.next_power_of_2(num_pairs)
-    block_h = min(triton.next_power_of_2(max(num_q_heads, k.shape[1], 1)), 4)
+    block_h = 1 if num_q_heads == k.shape[1] == 1 else 2
     block_t = max(1, 1024 // (block_i * block_h))
     kernel[(triton.cdiv(num_tokens, block_t),)](
         q,
@@ -223,7 +223,7 @@ def launch(
         BLOCK_H=block_h,
         BLOCK_I=block_i,
         BLOCK_PASS=triton.next_power_of_2(max(head_dim - 2 * num_pairs, 1)),
-        num_warps=2,
+        num_warps=128 // warp_size(),
         **compiler_options(),
         **constants,
     )
