@@ -30,7 +30,7 @@ from torch.utils import _triton
 from torch.utils._pytree import tree_map
 from triton.runtime.driver import driver
 
-from patchpack.testing.compiled import SHARED_MEMORY
+from patchpack.testing import compiled
 
 # multiprocessors, and threads that one of them holds, of A100, A40, L40S, H100, B200, RTX 5090
 MULTIPROCESSORS = {
@@ -131,7 +131,7 @@ def _empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtyp
 def _properties(target: str) -> SimpleNamespace:
     major, minor = capability(target)
     multiprocessors, threads = MULTIPROCESSORS[target]
-    shared = SHARED_MEMORY[target]
+    shared = compiled.MULTIPROCESSORS[target].shared_a_block
     return SimpleNamespace(
         name=target,
         gcnArchName="",

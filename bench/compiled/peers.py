@@ -70,6 +70,17 @@ for _head_dim in (64, 72, 80, 96, 128):
         "head_dim": _head_dim,
     }
 
+# by op, what gradients depend on besides the cotangents
+NEEDS = {
+    "rope": ("cos", "sin"),
+    "rope_2d": ("grid",),
+    "mrope": ("position_ids",),
+    "add_pos_embed": ("grid",),
+    "merge_tokens": ("x", "weight", "grid"),
+    "region_attention": ("query", "tokens", "grid"),
+    "varlen_attention": ("q", "k", "v", "cu_seqlens_q"),
+}
+
 Run = Callable[[], "Callable[[], Any] | None"]
 
 
@@ -151,7 +162,7 @@ def peers(target: str, checkouts: Path | None) -> Iterator[Peer | Missing]:
     """Others' ways to compute the cases, or why they cannot be had.
 
     Args:
-        target: The GPU to be compiled for, a key of ``compiled.SHARED_MEMORY``.
+        target: The GPU to be compiled for, a key of ``compiled.MULTIPROCESSORS``.
         checkouts: The folder with other libraries.
     """
     for library in _LIBRARIES:
@@ -164,7 +175,7 @@ def ours(op: str, case: str) -> Peer:
     """Our own kernels, in the form of a peer."""
 
     def make() -> Run:
-        inputs = _inputs(op, case)
+        inputs = inputs_of(op, case)
         return _differentiated(functools.partial(SPECS[op].op, **inputs, impl="triton"), op, inputs)
 
     return Peer("patchpack", op, case, metadata.version("patchpack"), _lazy(make))
@@ -187,7 +198,7 @@ def _find(library: _Library, case: str, target: str, checkouts: Path | None) -> 
         return Missing(*named, str(error))
 
     def make() -> Run:
-        return library.make(_Task(library.op, _inputs(library.op, case), target, path))
+        return library.make(_Task(library.op, inputs_of(library.op, case), target, path))
 
     return Peer(*named, version, _lazy(make))
 
@@ -202,7 +213,8 @@ def _bench(op: str) -> Bench:
     return importlib.import_module(f"bench_{op}").BENCH
 
 
-def _inputs(op: str, case: str) -> Inputs:
+def inputs_of(op: str, case: str) -> Inputs:
+    """The arguments of an op in a case."""
     torch.manual_seed(0)
     return _bench(op).make_inputs(torch.bfloat16, "cpu", **CASES[op, case])
 

@@ -1,0 +1,87 @@
+"""What kernels are compiled to, and what they move: ``make compiled``.
+
+Every shipped configuration of every kernel, for every target, and peers beside the same cases of
+ours; then each load and store, followed in the interpreter. Writes ``compiled.json`` and tables in
+``compiled.md``. The exit status is 1 if a kernel of ours spills or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+
+from _harness import machine
+from compiled import report
+from compiled.configurations import DTYPES, TARGETS
+from compiled.peers import CASES
+from compiled.tasks import Rows, of_case, of_op, of_peers, traffic_of
+from patchpack.testing.catalogue import SPECS
+
+RESULTS = Path(__file__).parents[1] / "results"
+# of which Inductor can be asked for code
+PEER_TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("compiled", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all of them by default")
+    parser.add_argument("--op", choices=list(SPECS), action="append", help="all of them by default")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="all of them by default")
+    parser.add_argument("--peers", type=Path, help="a folder with checkouts of other libraries")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    targets, dtypes = args.target or TARGETS, args.dtype or DTYPES
+    ops = args.op or list(SPECS)
+
+    tasks: list[tuple[Callable[..., Any], tuple]] = [
+        (of_op, task) for task in itertools.product(ops, targets, dtypes)
+    ]
+    cases = [case for case in CASES if case[0] in ops]
+    tasks += [(of_case, (*case, target)) for case in cases for target in targets]
+    tasks += [
+        (of_peers, (*case, target, args.peers))
+        for case in cases
+        for target in PEER_TARGETS
+        if target in targets
+    ]
+    tasks += [(traffic_of, (*case, args.peers)) for case in cases]
+
+    found: dict[str, Rows] = {"rows": [], "traffic": [], "missing": []}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=8) as pool:
+        waiting = [pool.submit(function, *task) for function, task in tasks]
+        for future in track(as_completed(waiting), "compiling", total=len(waiting)):
+            for kind, rows in future.result().items():
+                found[kind] += rows
+    versions = {"commit": machine("cpu")["commit"], "date": datetime.date.today().isoformat()}
+    versions |= {"triton": triton.__version__, "torch": torch.__version__}
+    report.write(args.out, versions, found)
+    console = Console()
+    failed = [row for row in found["rows"] if row["provider"] == "patchpack" and not fine(row)]
+    for row in failed:
+        console.print("spilled or failed:", row, highlight=False, markup=False)
+    console.print(f"wrote {args.out / 'compiled.json'} and compiled.md", highlight=False)
+    sys.exit(bool(failed))
+
+
+def fine(row: dict[str, Any]) -> bool:
+    """Whether a kernel compiled, and keeps what it needs in registers."""
+    return "error" not in row and row["spills"] == row["stack"] == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What one process does of ``make compiled``: compile, or follow, and make rows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from compiled.configurations import configurations
+from compiled.peers import CASES, NEEDS, Missing, Peer, inputs_of, ours, peers
+from compiled.rows import code_row, traffic_row
+from patchpack.testing import compiled, traffic
+from patchpack.testing.catalogue import SPECS
+
+Rows = list[dict[str, Any]]
+
+
+def of_op(op: str, target: str, dtype: str) -> dict[str, Rows]:
+    """All configurations of an op; a row for each kernel that differs."""
+    rows: dict[str, dict[str, Any]] = {}
+    for configuration in configurations():
+        if configuration.op != op:
+            continue
+        try:
+            launches = configuration.compile(target, dtype)
+        except Exception as error:  # whatever it is, it is the finding
+            named = {"provider": "patchpack", "op": op, "target": target, "dtype": dtype}
+            reason = f"{type(error).__name__}: {error}"
+            rows[configuration.name] = {**named, "name": configuration.name, "error": reason}
+            continue
+        for launch in launches:
+            new = code_row("patchpack", op, configuration.name, launch)
+            row = rows.setdefault(launch.key, {**new, "configurations": []})
+            if configuration.name not in row["configurations"]:
+                row["configurations"].append(configuration.name)
+    return {"rows": list(rows.values())}
+
+
+def of_case(op: str, case: str, target: str) -> dict[str, Rows]:
+    """Our kernels in a case that peers have too."""
+    return _compile(ours(op, case), target)
+
+
+def of_peers(op: str, case: str, target: str, checkouts: Path | None) -> dict[str, Rows]:
+    found: dict[str, Rows] = {"rows": [], "missing": []}
+    for peer in _peers_of(op, case, target, checkouts):
+        if isinstance(peer, Missing):
+            found["missing"].append({**vars(peer), "target": target})
+            continue
+        try:
+            found["rows"] += _compile(peer, target)["rows"]
+        except Exception as error:  # whatever a peer does not do is its row
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            named = {"name": peer.name, "op": op, "case": case, "target": target}
+            found["missing"].append({**named, "reason": reason})
+    return found
+
+
+def _peers_of(op: str, case: str, target: str, checkouts: Path | None) -> Iterator[Peer | Missing]:
+    return (peer for peer in peers(target, checkouts) if (peer.op, peer.case) == (op, case))
+
+
+def _compile(peer: Peer, target: str) -> dict[str, Rows]:
+    rows: Rows = []
+    with compiled.session(target) as launches:
+        backward = peer.run()
+        forward = len(launches)
+        if backward:
+            backward()
+    for i, launch in enumerate(launches):
+        row = code_row(peer.name, peer.op, peer.case, launch)
+        direction = "forward" if i < forward else "backward"
+        rows.append({**row, "case": peer.case, "direction": direction, "version": peer.version})
+    return {"rows": rows}
+
+
+def traffic_of(op: str, case: str, checkouts: Path | None) -> dict[str, Rows]:
+    """What ours and the peers' kernels move in a case, against the least that any have to."""
+    found: dict[str, Rows] = {"traffic": [], "missing": []}
+    few = {"num_heads": (2, 2)} if op == "varlen_attention" else {}  # each moves as much
+    with mock.patch.dict(CASES[op, case], few):
+        grads, needs = SPECS[op].grads, NEEDS[op]
+        passes = traffic.measure(SPECS[op].op, inputs_of(op, case), grads=grads, needs=needs)
+        least = {"forward": passes[0].compulsory, "backward": passes[1].compulsory}
+        for peer in [ours(op, case), *_peers_of(op, case, "sm_90", checkouts)]:
+            if isinstance(peer, Missing):
+                continue
+            try:
+                launches = _follow(peer)
+            except Exception as error:
+                reason = f"not followed: {type(error).__name__}: {error}".splitlines()[0]
+                named = {"name": peer.name, "op": op, "case": case, "target": "any"}
+                found["missing"].append({**named, "reason": reason})
+                continue
+            for direction, of_pass in launches.items():
+                found["traffic"].append(traffic_row(peer, of_pass, direction, least[direction]))
+    return found
+
+
+def _follow(peer: Peer) -> dict[str, list[traffic.Launch]]:
+    with compiled.session("sm_90"):  # what autotuning chooses
+        if backward := peer.run():
+            backward()
+    with traffic.session() as launches:
+        backward = peer.run()
+        forward = len(launches)
+        if backward:
+            backward()
+    passes = {"forward": launches[:forward], "backward": launches[forward:]}
+    return {direction: of_pass for direction, of_pass in passes.items() if of_pass}
