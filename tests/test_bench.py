@@ -472,3 +472,31 @@ else:
     raise SystemExit("not refused")
 """,
     )
+
+
+def test_flex_attention_as_compiled_has_the_gradients_of_a_gpu():
+    _python(
+        "-c",
+        """
+import torch
+from compiled import peers
+from patchpack.reference import varlen_attention
+from patchpack.testing import compiled
+from patchpack.testing.compare import MAX_RELATIVE_RMS
+
+case = peers.CASES["varlen_attention", "attention-64"]
+case |= {"lengths": [100, 28], "num_heads": (1, 1)}
+flex = next(peer for peer in peers.peers("sm_90", None) if peer.name == "FlexAttention")
+cotangent = torch.randn(128, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+peers.torch.randn_like = lambda x: cotangent.view_as(x)
+with compiled.session("sm_90", run=True) as launches:
+    got = flex.run()()
+assert len(launches) == 3 and launches[-1].matrix_flops > 0
+
+inputs = peers._inputs(flex.op, flex.case)
+leaves = [inputs[name].float().requires_grad_() for name in ("q", "k", "v")]
+out = varlen_attention(*leaves, inputs["cu_seqlens_q"])
+for a, b in zip(got, torch.autograd.grad(out, leaves, cotangent.float()), strict=True):
+    assert (a - b).norm() <= 2 * MAX_RELATIVE_RMS[torch.bfloat16] * b.norm()
+""",
+    )

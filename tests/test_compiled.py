@@ -202,7 +202,7 @@ def test_autotuning_takes_what_spills_least_and_then_what_has_least_to_do():
     a, b = torch.ones(2, 64, 1024, dtype=torch.bfloat16)
     out = torch.zeros(64, 64)
     with compiled.session("sm_90", run=True) as launches:
-        tuned[(1,)](a, b, out, 1024, 64)
+        tuned[(1,)](a, b, out, 1024, 64, **OPTIONS)
     [launch] = launches
     assert tuned.best_config is CONFIGS[2]
     assert (launch.constants["STEP"], launch.num_warps, launch.spills) == (64, 4, 0)

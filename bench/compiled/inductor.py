@@ -5,6 +5,9 @@
 
 A graph is traced on CPU tensors and lowered as if they were the GPU's. What comes of it, wrapper
 and kernels, runs on CPU tensors again, so that whatever takes launches sees those of a GPU.
+
+Operators are decomposed before, as on a CPU. Of those compiled here one differs: layer_norm saves
+its statistics in the dtype of its input.
 """
 
 from __future__ import annotations

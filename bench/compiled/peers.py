@@ -344,8 +344,16 @@ def _tutorial_attention(task: _Task) -> Run:
     return _differentiated(attend, task.op, inputs)
 
 
-def _no_matter_which(*tensors: Tensor) -> None:
-    """Where tensors are: FlexAttention has no gradients of those on a CPU."""
+# FlexAttention has no gradients of tensors on a CPU: it refuses, and does not save what they need
+_kernel_options = flex._apply_kernel_options
+
+
+def _any_device(*tensors: Tensor) -> None:
+    pass
+
+
+def _training_options(*args: Any, **kwargs: Any) -> Any:
+    return {**_kernel_options(*args, **kwargs), "OUTPUT_LOGSUMEXP": True}
 
 
 def _flex_attention(task: _Task) -> Run:
@@ -361,7 +369,10 @@ def _flex_attention(task: _Task) -> Run:
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        with mock.patch.object(flex, "_validate_device", _no_matter_which):
+        with (
+            mock.patch.object(flex, "_validate_device", _any_device),
+            mock.patch.object(flex, "_apply_kernel_options", _training_options),
+        ):
             return attend(*heads_first)
 
     return _differentiated(function, task.op, task.inputs)
