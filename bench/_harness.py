@@ -54,7 +54,7 @@ PLACES = 3
 CACHES = 2**29
 LEAD = 16
 # of a GPU, bytes that are copied and rows that are multiplied to know what it reaches at most
-PEAK_BYTES, PEAK_ROWS = 2**30, 8192
+PEAK_BYTES, PEAK_ROWS = 2**29, 8192
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from _harness import machine
+from _results import write
 from patchpack.packing import balance, pack, vit_flops
 from patchpack.systems import qwen2_vl
 
@@ -179,9 +179,8 @@ def main() -> None:
     out = args.out or (HERE.parent / "build/bench" if args.quick else HERE / "results")
     results = run(*(1000, 1) if args.quick else (100_000, ROUNDS))
     show(results, Console())
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "packing.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write(path, results)
     print(f"wrote {path}")
 
 

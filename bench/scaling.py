@@ -9,7 +9,6 @@ With images only attention changes, whose segments get shorter, and what an imag
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -29,6 +28,7 @@ from rich.table import Table
 
 import patchpack
 from _harness import Provider, machine, threads
+from _results import write
 from patchpack.testing.catalogue import SPECS, Inputs
 from run import HERE, bench_of
 
@@ -205,10 +205,9 @@ def main() -> None:
         console.print(f"{op}: {reason}", markup=False, highlight=False)
     if rows:
         show(rows, console)
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "scaling.json"
         results = {"machine": machine("cpu"), "impl": args.impl, "scaling": rows}
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        write(path, results)
         plot(rows, path.with_suffix(".png"))
         console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False)
 

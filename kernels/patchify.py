@@ -172,7 +172,7 @@ def cut(
     out = geometry.new_empty(num_tokens, num_columns, dtype=dtype, pin_memory=pin_memory)
     if num_tokens == 0:
         return out
-    block_t, block_k = 32, 128
+    block_t, block_k = 64, 128
     rows, num_blocks = [], 0
     for image in images:
         frames = image if image.ndim == 4 else image[None]
@@ -195,7 +195,7 @@ def cut(
         NUM_CHANNELS=len(mean),
         BLOCK_T=block_t,
         BLOCK_K=block_k,
-        num_warps=4,
+        num_warps=8,
         **compiler_options(),
     )
     return out
