@@ -593,17 +593,8 @@ ELEMENTWISE = {
     "scatter_tokens": lambda: scatter_tokens(BF16),
     "assemble": lambda: assemble(BF16),
 }
-# of what is requested more than 1.05 times
-REPEATS = {
-    "rope, Qwen2.5, float32": "1.108: tables are read once a part of the heads",
-    "rope, Qwen2.5, bfloat16": "1.212: tables are read once a part of the heads",
-    "rope, vision, bfloat16": "1.212: tables are read once a part of the heads",
-    "rope_2d, Qwen2-VL, bfloat16": "1.055: sizes of its image are read once a token and part",
-    "rope_2d, MoonViT, bfloat16": "1.058: sizes of its image are read once a token and part",
-    "patchify, bytes": "1.091: mean and deviation are read once a column of a tile",
-    "patchify, a clip": "1.091: mean and deviation are read once a column of a tile",
-    "assemble": "1.203 and 1.234: the layout is read once a token and tile of channels",
-}
+# what is requested more than 1.05 times, and so often
+REPEATS = {"assemble": "1.203 and 1.234: the layout is read once a token and tile of channels"}
 
 
 @functools.cache
