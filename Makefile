@@ -9,7 +9,7 @@ env = .venv/torch-$(TORCH)-triton-$(TRITON)
 native = python/patchpack/_C.abi3.so
 bin = .venv/bin
 
-.PHONY: demo test check bench mutate sanitize abi dev
+.PHONY: demo test check bench compiled mutate sanitize abi dev
 
 demo: $(native)
 	$(bin)/python -m patchpack demo
@@ -34,6 +34,11 @@ bench: export MALLOC_TOP_PAD_ = 268435456
 bench: $(native)
 	-$(bin)/pip install -q --no-build-isolation $(PEERS)
 	$(bin)/python bench/run.py --check $(OP)
+
+# what kernels are compiled to for GPUs that need not be there; CHECKOUTS: a folder of other libraries
+compiled: $(native)
+	PYTHONPATH=bench $(bin)/python -m compiled $(addprefix --peers ,$(CHECKOUTS)) $(addprefix --op ,$(OP)) \
+	$(addprefix --target ,$(TARGET))
 
 mutate: $(native)
 	$(bin)/python tests/mutate.py

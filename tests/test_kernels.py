@@ -9,7 +9,17 @@ from patchpack.testing import compiled
 from patchpack.testing.catalogue import SPECS
 from patchpack.testing.contract import LENGTH_SETS, Subject, backward, leaves, tensors
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
+# a target, and every which case is compiled for it: registers are scarce in attention alone
+TARGETS = {"sm_80": 1, "sm_86": 6, "sm_90": 2, "sm_100": 2, "sm_120": 4, "gfx942": 4}
+# matrix instructions of half precision
+TENSOR_CORES = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "MFMA",
+}
 
 
 def compile_case(subject, target, **changes):
@@ -25,11 +35,11 @@ def compile_case(subject, target, **changes):
 def _few_subjects():
     """A few cases each, so that no test takes long."""
     params = []
-    for op, target in itertools.product(SPECS, TARGETS):
+    for op, (target, step) in itertools.product(SPECS, TARGETS.items()):
         cases = list(SPECS[op].cases)
-        # registers are scarce in attention alone, and all targets have as many
-        step = 1 if op == "varlen_attention" or target == TARGETS[0] else 2
-        subjects = [Subject(op, case, torch.bfloat16) for case in cases[::step]]
+        if op != "varlen_attention" and step > 1:
+            step *= 2
+        subjects = [Subject(op, case, torch.bfloat16) for case in cases[step // 3 :: step]]
         subjects += [Subject(op, case, torch.float32) for case in cases[:: 3 * step]]
         for first in range(0, len(subjects), 5):
             few = subjects[first : first + 5]
@@ -43,6 +53,22 @@ def test_no_kernel_spills_registers(subjects, target):
     spilled = [launch for launch in launches if launch.spills or launch.stack]
     assert launches
     assert not spilled, compiled.report(spilled)
+    over = [x for x in launches if (x.registers, x.instructions) > BUDGETS[x.kernel]]
+    assert not over, compiled.report(over)
+
+
+@pytest.mark.parametrize(("target", "kind"), TENSOR_CORES.items())
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_attention_uses_the_tensor_cores_of_the_target_and_wide_accesses(target, kind, head_dim):
+    subject = Subject("varlen_attention", "Qwen2-VL", torch.bfloat16)
+    for launch in compile_case(subject, target, head_dim=head_dim):
+        assert list(launch.tensor_core) == [kind]
+        assert launch.loop["tensor"] > 0
+        products = {"fwd": 2, "dq": 3, "dkv": 4}[launch.kernel.split("_")[-2]]
+        tile = launch.constants["BLOCK_Q"] * launch.constants["BLOCK_K"]
+        assert launch.code.macs == products * tile * head_dim  # nothing for padding
+        assert launch.wide_loads >= launch.loads / 4  # the rest are sums of rows, and lengths
+        assert launch.stores == launch.wide_stores + 1 or kind != "HMMA"
 
 
 @pytest.mark.parametrize("op", SPECS)

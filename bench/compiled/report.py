@@ -17,24 +17,34 @@ PASSES = {
 }
 
 
-def write(folder: Path, versions: dict[str, str], found: dict[str, list[Row]]) -> None:
-    """Write ``compiled.json`` and ``compiled.md``."""
+def write(
+    folder: Path,
+    versions: dict[str, str],
+    found: dict[str, list[Row]],
+    ops: Sequence[str],
+    targets: Sequence[str],
+) -> None:
+    """Write ``compiled.json`` and ``compiled.md``; rows of other ops and targets are kept."""
+    path = folder / "compiled.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    results: Row = {**versions, "commits": dict(stored.get("commits", {}))}
+    results["commits"] |= dict.fromkeys(ops, versions["commit"])
     order = ("op", "target", "dtype", "provider", "case", "direction", "kernel", "name", "reason")
-    results = {
-        **versions,
-        **{
-            kind: sorted(rows, key=lambda row: [str(row.get(name, "")) for name in order])
-            for kind, rows in found.items()
-        },
-    }
+    for kind, rows in found.items():
+        kept = [
+            row
+            for row in stored.get(kind, [])
+            if row["op"] not in ops or row.get("target", targets[0]) not in targets
+        ]
+        results[kind] = sorted(kept + rows, key=lambda row: [str(row.get(x, "")) for x in order])
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(
         f"{json.dumps(kind)}: "
         + ("[\n" + ",\n".join(map(json.dumps, x)) + "\n]" if isinstance(x, list) else json.dumps(x))
         for kind, x in results.items()
     )
-    (folder / "compiled.json").write_text(f"{{\n{lines}\n}}\n")
-    (folder / "compiled.md").write_text("\n".join(_tables(results)))
+    path.write_text(f"{{\n{lines}\n}}\n")
+    path.with_suffix(".md").write_text("\n".join(_tables(results)))
 
 
 def _tables(results: Row) -> Iterable[str]:
