@@ -29,7 +29,7 @@ from _results import Bound, FloorFound, Machine, Params, Results, Skipped, Timin
 from patchpack.testing.catalogue import SPECS, Inputs
 from patchpack.testing.compare import MAX_RELATIVE_RMS
 from patchpack.testing.contract import Subject, accuracies, leaves, tensors
-from patchpack.testing.machine import describe, nvidia_smi
+from patchpack.testing.machine import answers, describe, nvidia_smi
 
 # a provider that cannot run here raises while it is made or first called: that is the reason given
 Provider = Callable[..., Any]
@@ -261,6 +261,8 @@ def _steps(
         except WrongError as error:
             skipped.append({**_skipped(case, name, str(error)), "failed": True})
         except Exception as error:  # a library may raise anything: the others go on
+            if not answers(case.device):
+                raise RuntimeError(f"{name} has stopped the GPU: {case.params}") from error
             reason = f"{type(error).__name__}: {_first_sentence(error)}"
             skipped.append({**_skipped(case, name, reason), "failed": True})
         else:

@@ -259,6 +259,14 @@ for backward in (False, True):
     assert reasons["over_inputs"] == ("it changes its inputs", True)
     assert reasons["raises"] == ("OSError: no such GPU.", True)
     assert reasons["missing"] == ("a_library_that_is_not_there is not installed", None)
+
+_harness.answers = lambda device: False
+try:
+    _harness.run_case(case, True, ["native"])
+except RuntimeError as error:
+    assert str(error).startswith("raises has stopped the GPU: "), error
+else:
+    raise SystemExit("it goes on")
 """,
     )
 
