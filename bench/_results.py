@@ -132,7 +132,88 @@ class Packing(TypedDict):
     balance: list[dict[str, float]]
 
 
-FORMS = {"scaling": Scaling, "packing": Packing}
+class Compiled(TypedDict):
+    """What ``make compiled`` writes; see ``compiled/rows.py``."""
+
+    commit: str
+    commits: dict[str, str]  # by op
+    date: str
+    triton: str
+    torch: str
+    rows: list["CodeRow"]
+    traffic: list["TrafficRow"]
+    missing: list["MissingRow"]
+
+
+class CodeRow(TypedDict):
+    """A kernel as it is compiled for a target: of ``configurations`` or, beside peers, a ``case``.
+
+    A configuration that does not compile has an ``error``, and no more than its name.
+    """
+
+    provider: str
+    op: str
+    name: str
+    target: str
+    dtype: str
+    error: NotRequired[str]
+    configurations: NotRequired[list[str]]
+    case: NotRequired[str]
+    direction: NotRequired[Literal["forward", "backward"]]
+    version: NotRequired[str]
+    kernel: NotRequired[str]
+    head_dim: NotRequired[int | None]
+    config: NotRequired[dict[str, Any]]
+    registers: NotRequired[int]
+    spills: NotRequired[int]  # loads and stores of the stack
+    stack: NotRequired[int]  # bytes a thread
+    shared_memory: NotRequired[int]  # bytes a block
+    tensor_memory: NotRequired[int]  # columns a block
+    occupancy: NotRequired[float]
+    instructions: NotRequired[int]
+    loads: NotRequired[int]
+    wide_loads: NotRequired[int]
+    stores: NotRequired[int]
+    wide_stores: NotRequired[int]
+    bulk_copies: NotRequired[int]
+    tensor_core: NotRequired[dict[str, int]]
+    loop: NotRequired[dict[str, Any]]
+
+
+class TrafficRow(TypedDict):
+    """What the launches of a pass move, in bytes, and programs that store nothing."""
+
+    provider: str
+    op: str
+    case: str
+    version: str
+    direction: Literal["forward", "backward"]
+    launches: int
+    kernels: list[str]
+    compulsory: int
+    requested: int
+    sectors: int
+    unique: int
+    programs: int
+    idle: int
+    out_of_bounds: int
+    uninitialised: int
+    races: int
+    unique_over_compulsory: float
+    requested_over_compulsory: float
+
+
+class MissingRow(TypedDict):
+    """A peer that could not be had, and why."""
+
+    name: str
+    op: str
+    case: str
+    target: str
+    reason: str
+
+
+FORMS = {"scaling": Scaling, "packing": Packing, "compiled": Compiled}
 
 
 def read(path: Path) -> Any:

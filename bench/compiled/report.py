@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from _results import Compiled, check
 from compiled.configurations import HEAD_DIMS, TARGETS
 
 Row = dict[str, Any]
@@ -27,8 +28,8 @@ def write(
     """Write ``compiled.json`` and ``compiled.md``; rows of other ops and targets are kept."""
     path = folder / "compiled.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    results: Row = {**versions, "commits": dict(stored.get("commits", {}))}
-    results["commits"] |= dict.fromkeys(ops, versions["commit"])
+    commits = {**stored.get("commits", {}), **dict.fromkeys(ops, versions["commit"])}
+    results: Row = {**versions, "commits": commits}
     order = ("op", "target", "dtype", "provider", "case", "direction", "kernel", "name", "reason")
     for kind, rows in found.items():
         kept = [
@@ -37,14 +38,17 @@ def write(
             if row["op"] not in ops or row.get("target", targets[0]) not in targets
         ]
         results[kind] = sorted(kept + rows, key=lambda row: [str(row.get(x, "")) for x in order])
+    check(results, Compiled, path.name)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(
-        f"{json.dumps(kind)}: "
-        + ("[\n" + ",\n".join(map(json.dumps, x)) + "\n]" if isinstance(x, list) else json.dumps(x))
-        for kind, x in results.items()
-    )
-    path.write_text(f"{{\n{lines}\n}}\n")
+    path.write_text("{\n" + ",\n".join(map(_lines, results, results.values())) + "\n}\n")
     path.with_suffix(".md").write_text("\n".join(_tables(results)))
+
+
+def _lines(name: str, value: Any) -> str:
+    """A member of the file, a line each row: one that changes is one line of a diff."""
+    if isinstance(value, list):
+        return f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    return f"{json.dumps(name)}: {json.dumps(value)}"
 
 
 def _tables(results: Row) -> Iterable[str]:
