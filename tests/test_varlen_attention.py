@@ -16,7 +16,7 @@ from patchpack import PackedGrid, reference, rope_2d, varlen_attention
 from patchpack.kernels import varlen_attention as kernels
 from patchpack.testing import compiled
 from patchpack.testing.compare import assert_as_accurate
-from patchpack.testing.contract import differentiate
+from patchpack.testing.contract import CHECKS, Subject, differentiate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 IMPLS = ("reference", "triton", "native")
@@ -594,6 +594,13 @@ def test_rotated_is_rope_2d_and_attention(head_dim, num_heads, merge, options, m
         same(got, want)
     for got, want in zip(*leaves, strict=True):
         same(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("max_seqlen", [None, 64])
+def test_rotated_is_traced(max_seqlen):
+    for check in ("compiled", "opcheck", "meta and fake"):
+        case = "rotated" if max_seqlen is None else "rotated, short segments"
+        CHECKS[check](Subject("varlen_attention", case, torch.bfloat16))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

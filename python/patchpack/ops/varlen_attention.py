@@ -75,12 +75,12 @@ def varlen_attention(
         ValueError: A shape, a device, a number or ``impl`` does not fit.
         TypeError: A dtype or a type does not fit.
 
-    With ``grid`` and ``max_seqlen_q`` of 64 or less, Triton rotates while it loads, in the forward
-    pass in half precision without ``causal`` and ``window_size``: rotated queries and keys, rounded
-    to the dtype as ``rope_2d`` rounds them, are never in memory. That halves the bytes of the two
-    ops, and takes half of their instructions at a head size of 80. Longer segments are rotated
-    first: every tile of queries would rotate all keys of its segment anew, which takes more
-    instructions than it saves bytes. ``rope_2d_`` rotates in place.
+    With ``grid`` and ``max_seqlen_q`` of 64 or less, Triton rotates while it loads: in the forward
+    pass, in half precision, without ``causal``, ``window_size`` and ``rope_interleaved``. Rotated
+    queries and keys, rounded to the dtype as ``rope_2d`` rounds them, are then never in memory,
+    which halves the bytes that the two ops have to move. Longer segments are rotated first: every
+    tile of queries would rotate all keys of its segment anew, which costs more instructions than
+    all the rest. The backward pass rotates again.
 
     Products of float32 are as accurate as float32. Source: FlashAttention-2, arXiv 2307.08691; the
     meaning of ``causal`` and ``window_size`` is flash-attn's.

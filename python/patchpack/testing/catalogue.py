@@ -250,7 +250,9 @@ def _attention_images(
             "k": (int(seen.sum()), num_k_heads, head_dim),
             "v": (int(seen.sum()), num_k_heads, head_dim),
         }
-        image = {n: _random(generator, *s, dtype=dtype, device=device) for n, s in shapes.items()}
+        image: Inputs = {
+            n: _random(generator, *s, dtype=dtype, device=device) for n, s in shapes.items()
+        }
         image["cu_seqlens_q"] = queries.cumsum(0, dtype=torch.int32).to(device)
         if keys is not None:
             image["cu_seqlens_k"] = seen.cumsum(0, dtype=torch.int32).to(device)
