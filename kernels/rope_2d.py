@@ -87,7 +87,7 @@ def _pairs(num_pairs: int, axes: str) -> list[tuple[int, Fraction]]:
 
 
 @lru_cache(maxsize=64)
-def _table(num_pairs: int, axes: str, base: float, device: torch.device) -> Tensor:
+def angle_table(num_pairs: int, axes: str, base: float, device: torch.device) -> Tensor:
     return frequency_table(_pairs(num_pairs, axes), base, device)
 
 
@@ -104,7 +104,7 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     num_pairs = q.shape[-1] // 2
     num_grids = geometry.shape[0] - 1
-    table = _table(num_pairs, axes, base, q.device)
+    table = angle_table(num_pairs, axes, base, q.device)
     return launch(
         _rotate_2d_kernel,
         q,

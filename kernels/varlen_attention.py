@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import architecture, compiler_options, last_contiguous, stride_unit
+from patchpack.kernels._rotary import cos_sin
+from patchpack.kernels._tiles import (
+    architecture,
+    compiler_options,
+    last_contiguous,
+    locate,
+    stride_unit,
+)
+from patchpack.kernels.rope_2d import angle_table
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -537,6 +545,139 @@ def _attend_bwd_dkv_kernel(
     _store(grad_v_ptrs, acc_v, mask_k, HEAD_DIM, D0, D1)
 
 
+@triton.jit
+def _angles_of_piece(
+    row, col, table_ptr, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Cosine and sine of each channel's angle."""
+    channel = START + tl.arange(0, SIZE)[None, :]
+    mask = channel < HEAD_DIM
+    NUM_PAIRS: tl.constexpr = HEAD_DIM // 2
+    pair = channel % NUM_PAIRS
+    axis = tl.load(table_ptr + pair, mask=mask, other=0)
+    high = tl.load(table_ptr + NUM_PAIRS + pair, mask=mask, other=0)
+    low = tl.load(table_ptr + 2 * NUM_PAIRS + pair, mask=mask, other=0)
+    return cos_sin(tl.where(axis == 0, row[:, None], col[:, None]), high, low)
+
+
+@triton.jit
+def _load_turned_piece(
+    ptrs, mask, cos, sin, START: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    # the partners are the same cache lines, read in another order
+    channel = START + tl.arange(0, SIZE)[None, :]
+    partner = (channel + HEAD_DIM // 2) % HEAD_DIM
+    mask = mask[:, None] & (channel < HEAD_DIM)
+    x = tl.load(ptrs + channel, mask=mask, other=0.0)
+    y = tl.load(ptrs + partner, mask=mask, other=0.0).to(tl.float32)
+    y = tl.where(channel < HEAD_DIM // 2, -y, y)
+    # rounded as the op that only rotates rounds it
+    return tl.fma(x.to(tl.float32), cos, y * sin).to(x.dtype)
+
+
+@triton.jit
+def _load_turned(
+    ptrs, mask, cos, sin, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):  # fmt: skip
+    """The pieces of a head's rows, rotated; ``ptrs`` is ``[rows, 1]``, ``mask`` ``[rows]``."""
+    x0 = _load_turned_piece(ptrs, mask, cos[0], sin[0], 0, D0, HEAD_DIM)
+    x1 = x0
+    if D1 > 0:
+        x1 = _load_turned_piece(ptrs, mask, cos[1], sin[1], D0, D1, HEAD_DIM)
+    return x0, x1
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_segments", "search_steps", "num_grids", "grid_steps", "num_tokens", "stride_q_t",
+        "stride_q_h", "stride_k_t", "stride_k_h", "stride_v_t", "stride_v_h",
+    ]
+)  # fmt: skip
+def _attend_rotated_kernel(
+    # tensors
+    q_ptr,  # [T, Hq, D]
+    k_ptr,  # [T, Hk, D]
+    v_ptr,  # [T, Hk, D]
+    out_ptr,  # [T, Hq, D]
+    lse_ptr,  # [Hq, T]
+    cu_seqlens_ptr,  # [S + 1]
+    geometry_ptr,  # [G + 1, 3]
+    table_ptr,  # [3, D / 2]
+    # sizes and strides, in units of STRIDE_UNIT elements
+    num_segments,
+    search_steps,
+    num_grids,
+    grid_steps,
+    num_tokens,
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    stride_v_t,
+    stride_v_h,
+    # scalars
+    softmax_scale,
+    # compile-time
+    MERGE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEADS_A_PART: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program rotates queries and keys of a tile and attends, a few heads by the same angles.
+
+    A tile is a whole segment: what is longer would attend tile by tile.
+    """
+    first_head = tl.program_id(1).to(tl.int64) * HEADS_A_PART
+    segment, first = _find_tile(
+        cu_seqlens_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK
+    )
+    begin, length = _rows_of(cu_seqlens_ptr, segment, num_segments, num_tokens, True)
+    if first >= length:
+        return
+    offs = first + tl.arange(0, BLOCK)
+    mask = offs < length
+    mask_k = offs < tl.where(segment < num_segments, length, 0)
+
+    tokens = begin.to(tl.int64) + offs
+    _, _, _, row, col, _, _ = locate(geometry_ptr, num_grids, grid_steps, tokens, MERGE)
+    cos0, sin0 = _angles_of_piece(row, col, table_ptr, 0, D0, HEAD_DIM)
+    cos1, sin1 = cos0, sin0
+    if D1 > 0:
+        cos1, sin1 = _angles_of_piece(row, col, table_ptr, D0, D1, HEAD_DIM)
+    cos, sin = (cos0, cos1), (sin0, sin1)
+
+    scale = softmax_scale * _LOG2_E
+    stride_out_t = NUM_HEADS * HEAD_DIM
+    for head in range(first_head, tl.minimum(first_head + HEADS_A_PART, NUM_HEADS)):
+        of_q_ptr = _head_of(q_ptr, begin, stride_q_t, head, stride_q_h, STRIDE_UNIT)
+        of_k_ptr = _head_of(k_ptr, begin, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)
+        of_v_ptr = _head_of(v_ptr, begin, stride_v_t, head // GROUP, stride_v_h, STRIDE_UNIT)
+        of_out_ptr = _head_of(out_ptr, begin, stride_out_t, head, HEAD_DIM, 1)
+        q_ptrs = _rows_from(of_q_ptr, first, stride_q_t, STRIDE_UNIT, BLOCK)
+        k_ptrs = _rows_from(of_k_ptr, first, stride_k_t, STRIDE_UNIT, BLOCK)
+        v_ptrs = _rows_from(of_v_ptr, first, stride_v_t, STRIDE_UNIT, BLOCK)
+        q = _load_turned(q_ptrs, mask, cos, sin, HEAD_DIM, D0, D1)
+        k = _load_turned(k_ptrs, mask_k, cos, sin, HEAD_DIM, D0, D1)
+        s = tl.where(mask_k[None, :], _scores(q, k, D1, "ieee"), float("-inf"))
+        # finite, so that a row without keys subtracts no infinities
+        top = tl.maximum(tl.max(s, axis=1) * scale, -3.0e38)
+        p = tl.exp2(s * scale - top[:, None])
+        total = tl.sum(p, axis=1)
+        v = _load(v_ptrs, mask_k, HEAD_DIM, D0, D1)
+        acc = _accumulate(_zeros(BLOCK, D0, D1), p, v, D1, "ieee")
+
+        lse = (top + tl.log2(total)) / _LOG2_E
+        tl.store(lse_ptr + head * num_tokens + begin + offs, lse, mask=mask)
+        share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        out_ptrs = _rows_from(of_out_ptr, first, stride_out_t, 1, BLOCK)
+        _store(out_ptrs, (acc[0] * share, acc[1] * share), mask, HEAD_DIM, D0, D1)
+
+
 def _pieces(head_dim: int) -> tuple[int, int]:
     """Two powers of two, or one and 0, that hold a head of the next multiple of 16 channels."""
     width = triton.cdiv(head_dim, 16) * 16
@@ -762,3 +903,57 @@ def attend_bwd(
             **tiles,
         )
     return grad_q, grad_k, grad_v
+
+
+def attend_rotated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    geometry: Tensor,
+    spatial_merge_size: int,
+    base: float,
+    axes: str,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads, head_dim = q.shape
+    num_segments, num_grids = cu_seqlens.shape[0] - 1, geometry.shape[0] - 1
+    q, k, v = (_addressable(x) for x in (q, k, v))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((num_heads, num_tokens), dtype=torch.float32)
+    if num_tokens == 0:
+        return out, lse
+    unit = stride_unit(q, k, v)
+    d0, d1 = _pieces(head_dim)
+    block, heads_a_part = 64, 4
+    tiles = num_tokens // block + num_segments + 1
+    _attend_rotated_kernel[(tiles, triton.cdiv(num_heads, heads_a_part))](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens.contiguous(),
+        geometry,
+        angle_table(head_dim // 2, axes, base, q.device),
+        num_segments,
+        num_segments.bit_length(),
+        num_grids,
+        max(num_grids - 1, 0).bit_length(),
+        num_tokens,
+        *(stride // unit for x in (q, k, v) for stride in x.stride()[:2]),
+        softmax_scale,
+        MERGE=spatial_merge_size,
+        NUM_HEADS=num_heads,
+        HEADS_A_PART=heads_a_part,
+        GROUP=num_heads // k.shape[1],
+        HEAD_DIM=head_dim,
+        D0=d0,
+        D1=d1,
+        STRIDE_UNIT=unit,
+        BLOCK=block,
+        num_warps=8,
+        num_stages=1,
+        **compiler_options(),
+    )
+    return out, lse

@@ -649,6 +649,27 @@ FAULTS = [
         "tests/test_varlen_attention.py -k past_the_end",
     ),
     Fault(
+        "varlen_attention, rotated: partners with the wrong sign",
+        "kernels/varlen_attention.py",
+        "tl.where(channel < HEAD_DIM // 2, -y, y)",
+        "tl.where(channel < HEAD_DIM // 2, y, -y)",
+        "tests/test_varlen_attention.py -k rotated_is_rope_2d-and-triton-and-64",
+    ),
+    Fault(
+        "varlen_attention, rotated: heads past the first part are left out",
+        "kernels/varlen_attention.py",
+        "(tiles, triton.cdiv(num_heads, heads_a_part))",
+        "(tiles, 1)",
+        "tests/test_varlen_attention.py -k rotated_is_rope_2d-and-triton-and-64",
+    ),
+    Fault(
+        "varlen_attention, rotated: gradients are not rotated back",
+        "python/patchpack/ops/varlen_attention.py",
+        "*ctx.rotation, True)",
+        "*ctx.rotation, False)",
+        "tests/test_varlen_attention.py -k rotated_is_rope_2d-and-triton-and-64",
+    ),
+    Fault(
         "varlen_attention: offsets in 32 bits",
         "kernels/varlen_attention.py",
         "return ptr + first * stride_t.to(tl.int64) * STRIDE_UNIT + near * STRIDE_UNIT",

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from patchpack import PackedGrid, _interpreter, mrope, mrope_, rope_2d, rope_2d_
-from patchpack.testing import compiled
+from patchpack.testing import compiled, traffic
 
 IMPLS = ("reference", "triton", "native")
 FUSED = ("triton", "native")
@@ -105,6 +105,20 @@ def test_a_view_is_written_where_it_lies_and_nothing_else(op, num_heads, impl):
     first_k = view[:, 1 if num_heads is None else num_heads[0]]
     assert addresses <= {view.data_ptr(), first_k.data_ptr()}
     assert bool(addresses) == (impl == "triton")
+
+
+@every_layout
+@every_op
+def test_programs_touch_what_turns_alone_and_once(op, num_heads):
+    qkv = buffer(op, num_heads, torch.bfloat16)
+    with traffic.session() as launches:
+        in_place(op, qkv, num_heads, "triton")
+    (launch,) = launches
+    _, _, _, options, head_dim = OPS[op]
+    turning = 2 * sum(options.get("mrope_section", [head_dim // 2]))
+    written = T * (8 if num_heads is None else sum(num_heads)) * turning * qkv.element_size()
+    assert launch.arguments["q_ptr"].written + launch.arguments["k_ptr"].written == written
+    assert launch.races == launch.out_of_bounds == 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)

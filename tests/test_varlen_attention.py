@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from patchpack import reference, varlen_attention
+from patchpack import PackedGrid, reference, rope_2d, varlen_attention
 from patchpack.kernels import varlen_attention as kernels
 from patchpack.testing import compiled
 from patchpack.testing.compare import assert_as_accurate
-from patchpack.testing.contract import differentiate
+from patchpack.testing.contract import CHECKS, Subject, differentiate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 IMPLS = ("reference", "triton", "native")
@@ -558,3 +558,69 @@ def test_no_matrix_product_is_spent_on_padding(target, head_dim, monkeypatch):
     needed = -(-head_dim // 16) * 16
     assert all(split)
     assert [n * 128 for n in split] == [n * needed for n in padded]
+
+
+ROTATED = {
+    "D80": (80, (5, 5), 2, {}),
+    "Pixtral, GQA": (64, (4, 2), 1, {"rope_axes": "even_odd", "rope_base": 100.0}),
+    "D128": (128, (2, 2), 4, {}),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("max_seqlen", [None, 64])
+@pytest.mark.parametrize(
+    ("head_dim", "num_heads", "merge", "options"), ROTATED.values(), ids=ROTATED
+)
+def test_rotated_is_rope_2d_and_attention(head_dim, num_heads, merge, options, max_seqlen, impl):
+    """To the bit, where one tile holds the keys of a segment in either."""
+    grid = PackedGrid([(8, 8), (4, 4), (3, 4, 4)], merge)
+    q, k, v = (torch.randn(grid.num_tokens, num_heads[i > 0], head_dim) for i in range(3))
+    leaves = [[x.bfloat16().requires_grad_() for x in (q, k, v)] for _ in range(2)]
+    cotangent = torch.randn_like(q).bfloat16()
+    rope = {"base": 1e4, "axes": "split"} | {n[5:]: value for n, value in options.items()}
+    two = *rope_2d(*leaves[1][:2], grid, **rope, impl=impl), leaves[1][2]
+    results = []
+    for tensors, fused in ((leaves[0], {"grid": grid, **options}), (two, {})):
+        out, lse = varlen_attention(
+            *tensors, grid.cu_seqlens, max_seqlen_q=max_seqlen, return_lse=True, impl=impl, **fused
+        )
+        (out * cotangent).sum().backward()
+        results.append([out, lse])
+    same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+    if max_seqlen is not None and impl == "triton" and head_dim == 64:  # in tiles of 32 keys
+        same = functools.partial(torch.testing.assert_close, rtol=2e-2, atol=1e-2)
+    for got, want in zip(*results, strict=True):
+        same(got, want)
+    for got, want in zip(*leaves, strict=True):
+        same(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("max_seqlen", [None, 64])
+def test_rotated_is_traced(max_seqlen):
+    for check in ("compiled", "opcheck", "meta and fake"):
+        case = "rotated" if max_seqlen is None else "rotated, short segments"
+        CHECKS[check](Subject("varlen_attention", case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bad_rotations_are_named(impl):
+    grid = PackedGrid([(2, 3)])
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be None with grid"):
+        varlen_attention(Q, Q, Q, CU, CU, grid=grid, impl=impl)
+    with pytest.raises(ValueError, match=r"q must have the 8 tokens of grid, got \[6, 4, 16\]"):
+        varlen_attention(Q, Q, Q, CU, grid=PackedGrid([(2, 4)]), impl=impl)
+    with pytest.raises(ValueError, match=r"axes must be one of 'split', .* got 'hw'"):
+        varlen_attention(Q, Q, Q, CU, grid=grid, rope_axes="hw", impl=impl)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
+def test_short_segments_are_rotated_in_the_one_launch(target, head_dim):
+    grid = PackedGrid([(8, 8), (8, 8), (3, 4)])
+    q, k, v = torch.zeros(grid.num_tokens, 3, 6, head_dim, dtype=torch.bfloat16).unbind(1)
+    with compiled.session(target) as launches:
+        varlen_attention(q, k, v, grid.cu_seqlens, max_seqlen_q=64, grid=grid, impl="triton")
+    (launch,) = launches
+    assert launch.grid[1] == 2  # of six heads, four at a time
+    assert launch.stack == launch.spills == 0

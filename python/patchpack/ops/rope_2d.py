@@ -49,7 +49,7 @@ def rope_2d(
     """
     impl = _dispatch.resolve("rope_2d", impl, q=q)
     _check.heads(impl, q, k)
-    _check_rotation("q", q, grid, base, interleaved, axes)
+    check_rotation("q", q, grid, base, interleaved, axes)
     if impl == "reference":
         with _dispatch.without_autocast(q):
             return reference.rope_2d(q, k, grid, base=base, interleaved=interleaved, axes=axes)
@@ -99,7 +99,7 @@ def rope_2d_(
     """
     impl = _dispatch.resolve("rope_2d_", impl, qkv=qkv)
     _in_place.check(impl, qkv, num_heads)
-    _check_rotation("qkv", qkv, grid, base, interleaved, axes)
+    check_rotation("qkv", qkv, grid, base, interleaved, axes)
     if _in_place.is_composed(impl, qkv):
         q, k = _in_place.heads_of(qkv, num_heads)
         options = {"base": base, "interleaved": interleaved, "axes": axes, "impl": impl}
@@ -114,9 +114,10 @@ def rope_2d_(
     return _in_place.turn_(qkv, rotate, grid.geometry)
 
 
-def _check_rotation(
+def check_rotation(
     name: str, x: Tensor, grid: PackedGrid, base: float, interleaved: bool, axes: str
 ) -> None:
+    """``x`` has heads that ``rope_2d`` can turn by these arguments."""
     if x.shape[-1] % 4 or x.shape[-1] == 0:
         raise ValueError(f"{name} must have a head size that divides by 4, got {x.shape[-1]}")
     _check.grid_of(name, x, grid)

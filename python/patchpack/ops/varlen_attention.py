@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from patchpack import _check, _dispatch, reference
-from patchpack.packing import is_integer
+from patchpack.ops.rope_2d import check_rotation, rope_2d
+from patchpack.packing import PackedGrid, is_integer
+
+_ROTATED_TOKENS = 64  # of the segments that are rotated as they are loaded: what a program holds
 
 
 def varlen_attention(
@@ -24,6 +27,10 @@ def varlen_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    grid: PackedGrid | None = None,
+    rope_base: float = 10_000.0,
+    rope_interleaved: bool = False,
+    rope_axes: str = "split",
     impl: str | None = None,
 ) -> Any:  # a union would make every caller look which of the two it got
     """Attend from every query to the keys of its own segment.
@@ -42,13 +49,20 @@ def varlen_attention(
             decreasing, at most ``Tq``, on the device of ``q``. Its values are not checked here:
             ``patchpack.packing.validate_cu_seqlens`` does that.
         cu_seqlens_k: The same in keys, ``[S + 1]``; by default ``cu_seqlens_q``.
-        max_seqlen_q: Not needed; accepted where other libraries want it.
-        max_seqlen_k: Likewise.
+        max_seqlen_q: Not needed; accepted where other libraries want it. With ``grid`` it chooses
+            the kernel, and no segment may then be longer.
+        max_seqlen_k: Not needed.
         softmax_scale: Factor of the scores; by default ``D ** -0.5``.
         causal: A query sees keys up to its own position alone, where the last query and the last
             key of a segment have the same position.
         window_size: How many keys before and after its position a query sees; -1 is no limit.
         return_lse: Also return the logarithm of the softmax's denominator.
+        grid: Rotate ``q`` and ``k``, which are of the same tokens, as ``rope_2d`` does: the images
+            that the tokens are. Values and gradients are those of ``rope_2d`` and this op, one
+            after the other, up to the order of sums.
+        rope_base: ``base`` of ``rope_2d``.
+        rope_interleaved: ``interleaved`` of ``rope_2d``.
+        rope_axes: ``axes`` of ``rope_2d``.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device.
 
     Returns:
@@ -60,6 +74,13 @@ def varlen_attention(
     Raises:
         ValueError: A shape, a device, a number or ``impl`` does not fit.
         TypeError: A dtype or a type does not fit.
+
+    With ``grid`` and ``max_seqlen_q`` of 64 or less, Triton rotates while it loads: in the forward
+    pass, in half precision, without ``causal``, ``window_size`` and ``rope_interleaved``. Rotated
+    queries and keys, rounded to the dtype as ``rope_2d`` rounds them, are then never in memory,
+    which halves the bytes that the two ops have to move. Longer segments are rotated first: every
+    tile of queries would rotate all keys of its segment anew, which costs more instructions than
+    all the rest. The backward pass rotates again.
 
     Products of float32 are as accurate as float32. Source: FlashAttention-2, arXiv 2307.08691; the
     meaning of ``causal`` and ``window_size`` is flash-attn's.
@@ -75,6 +96,8 @@ def varlen_attention(
         raise ValueError(f"q must have a head size from 1 to 128, got {head_dim}")
     if num_k_heads == 0 or num_q_heads % num_k_heads:
         raise ValueError(f"k must have heads that divide q's {num_q_heads}, got {num_k_heads}")
+    if grid is not None and cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k must be None with grid: keys are of the tokens of queries")
     if cu_seqlens_k is None:
         if k.shape[0] != q.shape[0]:
             raise ValueError(
@@ -100,6 +123,19 @@ def varlen_attention(
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     left, right = _check.window("window_size", window_size)
     _check.flags(causal=causal, return_lse=return_lse)
+    rope = {"base": rope_base, "interleaved": rope_interleaved, "axes": rope_axes}
+    if grid is not None:
+        check_rotation("q", q, grid, **rope)
+        short = isinstance(max_seqlen_q, int) and max_seqlen_q <= _ROTATED_TOKENS
+        plain = not (causal or rope_interleaved) and left == right == -1
+        if impl == "triton" and short and plain and q.dtype != torch.float32:
+            out, lse = _dispatch.operator("varlen_attention_rotated", impl)(
+                q, k, v, cu_seqlens_q, grid.geometry, grid.spatial_merge_size, float(rope_base),
+                rope_axes, scale,
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
+    if impl != "reference" and grid is not None:
+        q, k = rope_2d(q, k, grid, **rope, impl=impl)
     if impl == "reference":
         with _dispatch.without_autocast(q):
             return reference.varlen_attention(
@@ -112,6 +148,10 @@ def varlen_attention(
                 causal=causal,
                 window_size=(left, right),
                 return_lse=return_lse,
+                grid=grid,
+                rope_base=rope_base,
+                rope_interleaved=rope_interleaved,
+                rope_axes=rope_axes,
             )
     out, lse = _dispatch.operator("varlen_attention", impl)(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, 0 if causal else right
@@ -166,4 +206,46 @@ _dispatch.define(
     " int left, int right) -> (Tensor, Tensor, Tensor)",
     "varlen_attention:attend_bwd",
     fake=_fake_backward,
+)
+
+
+def _fake_rotated(q, k, v, *rest):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _setup_context_rotated(ctx, inputs, output):
+    *tensors, merge, base, axes, ctx.softmax_scale = inputs
+    ctx.rotation = merge, base, False, axes
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward_rotated(ctx, grad_out, grad_lse):
+    q, k, v, cu_seqlens, geometry, out, lse = ctx.saved_tensors
+    turned = _dispatch.operator("rope_2d", ctx.impl)(q, k, geometry, *ctx.rotation, False)
+    grad_q, grad_k, grad_v = _dispatch.operator("varlen_attention_backward", ctx.impl)(
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        grad_lse,
+        *turned,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        cu_seqlens,
+        ctx.softmax_scale,
+        -1,
+        -1,
+    )
+    _dispatch.operator("rope_2d_", ctx.impl)(grad_q, grad_k, geometry, *ctx.rotation, True)
+    return grad_q, grad_k, grad_v, *[None] * 6
+
+
+_dispatch.define(
+    "varlen_attention_rotated(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor geometry,"
+    " int spatial_merge_size, float base, str axes, float softmax_scale)"
+    " -> (Tensor, Tensor)",
+    "varlen_attention:attend_rotated",
+    fake=_fake_rotated,
+    setup_context=_setup_context_rotated,
+    backward=_backward_rotated,
 )

@@ -232,9 +232,13 @@ _MROPE = Spec(
 
 
 def _attention_images(
-    sizes, dtype, device, seed, heads=(2, 2), head_dim=64, keys=None, padding=0, **options
-) -> list[Inputs]:
-    """``keys`` is the ratio of keys to queries; the last image gets ``padding`` rows of NaN."""
+    sizes, dtype, device, seed, heads=(2, 2), head_dim=64, keys=None, padding=0, merge=None,
+    **options,
+) -> list[Inputs]:  # fmt: skip
+    """``keys`` is the ratio of keys to queries; the last image gets ``padding`` rows of NaN.
+
+    With ``merge``, the tokens are those of a grid.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_q_heads, num_k_heads = heads
     images = []
@@ -246,10 +250,14 @@ def _attention_images(
             "k": (int(seen.sum()), num_k_heads, head_dim),
             "v": (int(seen.sum()), num_k_heads, head_dim),
         }
-        image = {n: _random(generator, *s, dtype=dtype, device=device) for n, s in shapes.items()}
+        image: Inputs = {
+            n: _random(generator, *s, dtype=dtype, device=device) for n, s in shapes.items()
+        }
         image["cu_seqlens_q"] = queries.cumsum(0, dtype=torch.int32).to(device)
         if keys is not None:
             image["cu_seqlens_k"] = seen.cumsum(0, dtype=torch.int32).to(device)
+        if merge is not None:
+            image["grid"] = grid_of((t, h, w), merge, device)
         images.append(image | options)
     if padding:
         for name in ("q", "k", "v"):
@@ -307,6 +315,33 @@ _VARLEN_ATTENTION = Spec(
         "empty segments": {"sizes": [(2, 0, 1), (1, 4, 4), (1, 0, 1), (1, 1, 3), (1, 0, 1)]},
         "scale": {"sizes": [(1, 8, 5)], "softmax_scale": 0.3, "head_dim": 88},
         "many images": {"sizes": [(1, 1 + i % 3, 1 + i % 5) for i in range(40)], "head_dim": 32},
+        "rotated": {
+            "sizes": [(1, 8, 12), (2, 4, 6), (1, 2, 2)],
+            "head_dim": 80,
+            "merge": 2,
+        },
+        "rotated, short segments": {
+            "sizes": [(1, 8, 8), (3, 4, 6), (1, 2, 2)],
+            "head_dim": 80,
+            "heads": (5, 5),
+            "merge": 2,
+            "max_seqlen_q": 64,
+        },
+        "rotated, MoonViT, GQA": {
+            "sizes": [(1, 5, 7), (2, 2, 3), (1, 1, 1)],
+            "head_dim": 72,
+            "heads": (4, 2),
+            "merge": 1,
+            "max_seqlen_q": 64,
+            "rope_axes": "paired",
+            "rope_interleaved": True,
+        },
+        "rotated, head size 128": {
+            "sizes": [(1, 8, 8), (1, 4, 4)],
+            "head_dim": 128,
+            "merge": 4,
+            "max_seqlen_q": 64,
+        },
     },
     grads=("q", "k", "v"),
 )
