@@ -19,9 +19,7 @@ Rows = list[dict[str, Any]]
 def of_op(op: str, target: str, dtype: str) -> dict[str, Rows]:
     """All configurations of an op; a row for each kernel that differs."""
     rows: dict[str, dict[str, Any]] = {}
-    for configuration in configurations():
-        if configuration.op != op:
-            continue
+    for configuration in configurations(op, dtype):
         try:
             launches = configuration.compile(target, dtype)
         except Exception as error:  # whatever it is, it is the finding
