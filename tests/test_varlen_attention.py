@@ -581,7 +581,7 @@ def test_rotated_is_rope_2d_and_attention(head_dim, num_heads, merge, options, m
     rope = {"base": 1e4, "axes": "split"} | {n[5:]: value for n, value in options.items()}
     two = *rope_2d(*leaves[1][:2], grid, **rope, impl=impl), leaves[1][2]
     results = []
-    for tensors, fused in ((leaves[0], {"grid": grid, **options}), (two, {})):
+    for tensors, fused in ((leaves[0], {"rope": grid, **options}), (two, {})):
         out, lse = varlen_attention(
             *tensors, grid.cu_seqlens, max_seqlen_q=max_seqlen, return_lse=True, impl=impl, **fused
         )
@@ -606,12 +606,12 @@ def test_rotated_is_traced(max_seqlen):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bad_rotations_are_named(impl):
     grid = PackedGrid([(2, 3)])
-    with pytest.raises(ValueError, match=r"cu_seqlens_k must be None with grid"):
-        varlen_attention(Q, Q, Q, CU, CU, grid=grid, impl=impl)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be None with rope"):
+        varlen_attention(Q, Q, Q, CU, CU, rope=grid, impl=impl)
     with pytest.raises(ValueError, match=r"q must have the 8 tokens of grid, got \[6, 4, 16\]"):
-        varlen_attention(Q, Q, Q, CU, grid=PackedGrid([(2, 4)]), impl=impl)
+        varlen_attention(Q, Q, Q, CU, rope=PackedGrid([(2, 4)]), impl=impl)
     with pytest.raises(ValueError, match=r"axes must be one of 'split', .* got 'hw'"):
-        varlen_attention(Q, Q, Q, CU, grid=grid, rope_axes="hw", impl=impl)
+        varlen_attention(Q, Q, Q, CU, rope=grid, rope_axes="hw", impl=impl)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -620,7 +620,7 @@ def test_short_segments_are_rotated_in_the_one_launch(target, head_dim):
     grid = PackedGrid([(8, 8), (8, 8), (3, 4)])
     q, k, v = torch.zeros(grid.num_tokens, 3, 6, head_dim, dtype=torch.bfloat16).unbind(1)
     with compiled.session(target) as launches:
-        varlen_attention(q, k, v, grid.cu_seqlens, max_seqlen_q=64, grid=grid, impl="triton")
+        varlen_attention(q, k, v, grid.cu_seqlens, max_seqlen_q=64, rope=grid, impl="triton")
     (launch,) = launches
     assert launch.grid[1] == 2  # of six heads, four at a time
     assert launch.stack == launch.spills == 0

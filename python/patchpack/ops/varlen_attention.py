@@ -27,7 +27,7 @@ def varlen_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
-    grid: PackedGrid | None = None,
+    rope: PackedGrid | None = None,
     rope_base: float = 10_000.0,
     rope_interleaved: bool = False,
     rope_axes: str = "split",
@@ -49,7 +49,7 @@ def varlen_attention(
             decreasing, at most ``Tq``, on the device of ``q``. Its values are not checked here:
             ``patchpack.packing.validate_cu_seqlens`` does that.
         cu_seqlens_k: The same in keys, ``[S + 1]``; by default ``cu_seqlens_q``.
-        max_seqlen_q: Not needed; accepted where other libraries want it. With ``grid`` it chooses
+        max_seqlen_q: Not needed; accepted where other libraries want it. With ``rope`` it chooses
             the kernel, and no segment may then be longer.
         max_seqlen_k: Not needed.
         softmax_scale: Factor of the scores; by default ``D ** -0.5``.
@@ -57,9 +57,9 @@ def varlen_attention(
             key of a segment have the same position.
         window_size: How many keys before and after its position a query sees; -1 is no limit.
         return_lse: Also return the logarithm of the softmax's denominator.
-        grid: Rotate ``q`` and ``k``, which are of the same tokens, as ``rope_2d`` does: the images
-            that the tokens are. Values and gradients are those of ``rope_2d`` and this op, one
-            after the other, up to the order of sums.
+        rope: Rotate ``q`` and ``k``, which are of the same tokens, by the rows and columns of this
+            grid, as ``rope_2d`` does. Values and gradients are those of ``rope_2d`` and this op,
+            one after the other, up to the order of sums.
         rope_base: ``base`` of ``rope_2d``.
         rope_interleaved: ``interleaved`` of ``rope_2d``.
         rope_axes: ``axes`` of ``rope_2d``.
@@ -75,7 +75,7 @@ def varlen_attention(
         ValueError: A shape, a device, a number or ``impl`` does not fit.
         TypeError: A dtype or a type does not fit.
 
-    With ``grid`` and ``max_seqlen_q`` of 64 or less, Triton rotates while it loads: in the forward
+    With ``rope`` and ``max_seqlen_q`` of 64 or less, Triton rotates while it loads: in the forward
     pass, in half precision, without ``causal``, ``window_size`` and ``rope_interleaved``. Rotated
     queries and keys, rounded to the dtype as ``rope_2d`` rounds them, are then never in memory,
     which halves the bytes that the two ops have to move. Longer segments are rotated first: every
@@ -96,8 +96,8 @@ def varlen_attention(
         raise ValueError(f"q must have a head size from 1 to 128, got {head_dim}")
     if num_k_heads == 0 or num_q_heads % num_k_heads:
         raise ValueError(f"k must have heads that divide q's {num_q_heads}, got {num_k_heads}")
-    if grid is not None and cu_seqlens_k is not None:
-        raise ValueError("cu_seqlens_k must be None with grid: keys are of the tokens of queries")
+    if rope is not None and cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k must be None with rope: keys are of the tokens of queries")
     if cu_seqlens_k is None:
         if k.shape[0] != q.shape[0]:
             raise ValueError(
@@ -123,19 +123,19 @@ def varlen_attention(
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     left, right = _check.window("window_size", window_size)
     _check.flags(causal=causal, return_lse=return_lse)
-    rope = {"base": rope_base, "interleaved": rope_interleaved, "axes": rope_axes}
-    if grid is not None:
-        check_rotation("q", q, grid, **rope)
+    options = {"base": rope_base, "interleaved": rope_interleaved, "axes": rope_axes}
+    if rope is not None:
+        check_rotation("q", q, rope, **options)
         short = isinstance(max_seqlen_q, int) and max_seqlen_q <= _ROTATED_TOKENS
         plain = not (causal or rope_interleaved) and left == right == -1
         if impl == "triton" and short and plain and q.dtype != torch.float32:
             out, lse = _dispatch.operator("varlen_attention_rotated", impl)(
-                q, k, v, cu_seqlens_q, grid.geometry, grid.spatial_merge_size, float(rope_base),
+                q, k, v, cu_seqlens_q, rope.geometry, rope.spatial_merge_size, float(rope_base),
                 rope_axes, scale,
             )  # fmt: skip
             return (out, lse) if return_lse else out
-    if impl != "reference" and grid is not None:
-        q, k = rope_2d(q, k, grid, **rope, impl=impl)
+    if impl != "reference" and rope is not None:
+        q, k = rope_2d(q, k, rope, **options, impl=impl)
     if impl == "reference":
         with _dispatch.without_autocast(q):
             return reference.varlen_attention(
@@ -148,7 +148,7 @@ def varlen_attention(
                 causal=causal,
                 window_size=(left, right),
                 return_lse=return_lse,
-                grid=grid,
+                rope=rope,
                 rope_base=rope_base,
                 rope_interleaved=rope_interleaved,
                 rope_axes=rope_axes,

@@ -32,17 +32,17 @@ def varlen_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
-    grid: PackedGrid | None = None,
+    rope: PackedGrid | None = None,
     rope_base: float = 10_000.0,
     rope_interleaved: bool = False,
     rope_axes: str = "split",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend segment by segment: scores and softmax in float32, ``p`` in the dtype of ``q``.
 
-    With ``grid``, rotated queries and keys are rounded to the dtype of ``q``.
+    With ``rope``, rotated queries and keys are rounded to the dtype of ``q``.
     """
-    if grid is not None:
-        q, k = rope_2d(q, k, grid, base=rope_base, interleaved=rope_interleaved, axes=rope_axes)
+    if rope is not None:
+        q, k = rope_2d(q, k, rope, base=rope_base, interleaved=rope_interleaved, axes=rope_axes)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = window_size
     group = q.shape[1] // k.shape[1]

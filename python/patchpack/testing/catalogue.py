@@ -77,8 +77,9 @@ def _pack(
         packed[name] = torch.cat([image[name] for image in images], dim=dim)
     for name in lists:
         packed[name] = [x for image in images for x in image[name]]
-    if "grid" in packed:
-        packed["grid"] = cat_grids([image["grid"] for image in images])
+    for name in ("grid", "rope"):
+        if isinstance(packed.get(name), PackedGrid):
+            packed[name] = cat_grids([image[name] for image in images])
     if isinstance(packed.get("layout"), TokenLayout):
         packed["layout"] = TokenLayout.cat([image["layout"] for image in images])
     return packed
@@ -257,7 +258,7 @@ def _attention_images(
         if keys is not None:
             image["cu_seqlens_k"] = seen.cumsum(0, dtype=torch.int32).to(device)
         if merge is not None:
-            image["grid"] = grid_of((t, h, w), merge, device)
+            image["rope"] = grid_of((t, h, w), merge, device)
         images.append(image | options)
     if padding:
         for name in ("q", "k", "v"):
