@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit, warp_size
+from patchpack.kernels._tiles import compiler_options, last_contiguous, stride_unit
 
 _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
@@ -22,10 +22,10 @@ _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 def frequency_table(
     pairs: Sequence[tuple[int, Fraction]], base: float, device: torch.device
 ) -> Tensor:
-    """Axis and frequency of each pair as int32 ``[3, R]``: axis, high word, low word.
+    """Axis and frequency of each pair as int32 ``[2, R]``: high word, low word.
 
     A pair is (axis, exponent); its frequency is ``base ** -exponent`` radians a position, kept as
-    ``2 ** 64`` times its turns.
+    ``2 ** 64`` times its turns. The axis takes the place of the two lowest bits.
     """
     with localcontext() as context:
         context.prec = 50
@@ -34,7 +34,7 @@ def frequency_table(
         for axis, exponent in pairs:
             power = log_base * exponent.numerator / exponent.denominator
             turns = int(((-power).exp() / _TWO_PI * 2**64).to_integral_value()) % 2**64
-            words.append((axis, _signed(turns >> 32), _signed(turns & 0xFFFFFFFF)))
+            words.append((_signed(turns >> 32), _signed(turns & 0xFFFFFFFC | axis)))
     return torch.tensor(words, dtype=torch.int32, device="cpu").T.contiguous().to(device)
 
 
@@ -72,12 +72,11 @@ def cos_sin(positions, high, low):
 
 
 @triton.jit
-def load_frequencies(table_ptr, offs_i, mask_i, NUM_PAIRS: tl.constexpr):
-    """Axis, high word and low word of each pair, ``[1, BLOCK_I]``."""
-    axis = tl.load(table_ptr + offs_i, mask=mask_i, other=0)
-    high = tl.load(table_ptr + NUM_PAIRS + offs_i, mask=mask_i, other=0)
-    low = tl.load(table_ptr + 2 * NUM_PAIRS + offs_i, mask=mask_i, other=0)
-    return axis[None, :], high[None, :], low[None, :]
+def load_frequencies(table_ptr, pair, mask, NUM_PAIRS: tl.constexpr):
+    """Axis, high word and low word of pairs."""
+    high = tl.load(table_ptr + pair, mask=mask, other=0)
+    low = tl.load(table_ptr + NUM_PAIRS + pair, mask=mask, other=0)
+    return low & 3, high, low & -4
 
 
 @triton.jit
@@ -203,8 +202,9 @@ def launch(
         return q_out, k_out
     unit = stride_unit(q, k)
     block_i = triton.next_power_of_2(num_pairs)
-    block_h = 1 if num_q_heads == k.shape[1] == 1 else 2
-    block_t = max(1, 1024 // (block_i * block_h))
+    # a token a program, or a few: what their angles take is shared by all heads
+    block_h = min(triton.next_power_of_2(max(num_q_heads, k.shape[1], 1)), 8)
+    block_t = max(1, 512 // (block_i * block_h))
     kernel[(triton.cdiv(num_tokens, block_t),)](
         q,
         k,
@@ -223,7 +223,7 @@ def launch(
         BLOCK_H=block_h,
         BLOCK_I=block_i,
         BLOCK_PASS=triton.next_power_of_2(max(head_dim - 2 * num_pairs, 1)),
-        num_warps=128 // warp_size(),
+        num_warps=1,
         **compiler_options(),
         **constants,
     )

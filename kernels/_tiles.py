@@ -138,12 +138,6 @@ def architecture() -> int | str | None:
     return None if target is None else target.arch
 
 
-def warp_size() -> int:
-    """Lanes of a warp of the GPU that kernels are compiled for."""
-    target = current_target()
-    return 32 if target is None else target.warp_size
-
-
 def compiler_options(*, fp_fusion: bool = True) -> dict[str, Any]:
     """What every launch asks of the compiler of its device.
 

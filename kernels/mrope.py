@@ -25,7 +25,7 @@ def _rotate_multimodal_kernel(
     q_out_ptr,  # [T, Hq, D]
     k_out_ptr,  # [T, Hk, D]
     positions_ptr,  # [3, T]
-    table_ptr,  # [3, R]
+    table_ptr,  # [2, R]
     # sizes and strides, of q and k in units of STRIDE_UNIT elements
     stride_positions_a,
     stride_positions_t,
@@ -62,7 +62,9 @@ def _rotate_multimodal_kernel(
     col = tl.load(position_ptrs, mask=mask_t, other=0).to(tl.int32)
 
     # angle[t, i] = (time, row or col)[t] * frequency[i]
-    axis, high, low = load_frequencies(table_ptr, offs_i, offs_i < NUM_PAIRS, NUM_PAIRS)
+    axis, high, low = load_frequencies(
+        table_ptr, offs_i[None, :], (offs_i < NUM_PAIRS)[None, :], NUM_PAIRS
+    )
     position = tl.where(axis == 1, row[:, None], col[:, None])
     position = tl.where(axis == 0, time[:, None], position)
     cos, sin = cos_sin(position, high, low)

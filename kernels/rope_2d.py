@@ -26,7 +26,7 @@ def _rotate_2d_kernel(
     q_out_ptr,  # [T, Hq, D]
     k_out_ptr,  # [T, Hk, D]
     geometry_ptr,  # [G + 1, 3]
-    table_ptr,  # [3, R]
+    table_ptr,  # [2, R]
     # sizes and strides, in units of STRIDE_UNIT elements
     num_grids,
     search_steps,
@@ -65,7 +65,9 @@ def _rotate_2d_kernel(
     row, col = token_to_cell(in_frame, num_cols, MERGE)
 
     # angle[t, i] = (row or col)[t] * frequency[i]
-    axis, high, low = load_frequencies(table_ptr, offs_i, offs_i < NUM_PAIRS, NUM_PAIRS)
+    axis, high, low = load_frequencies(
+        table_ptr, offs_i[None, :], (offs_i < NUM_PAIRS)[None, :], NUM_PAIRS
+    )
     cos, sin = cos_sin(tl.where(axis == 0, row[:, None], col[:, None]), high, low)
     if INVERSE:
         sin = -sin

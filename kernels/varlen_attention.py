@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchpack.kernels._rotary import cos_sin
+from patchpack.kernels._rotary import cos_sin, load_frequencies
 from patchpack.kernels._tiles import (
     architecture,
     compiler_options,
@@ -554,9 +554,7 @@ def _angles_of_piece(
     mask = channel < HEAD_DIM
     NUM_PAIRS: tl.constexpr = HEAD_DIM // 2
     pair = channel % NUM_PAIRS
-    axis = tl.load(table_ptr + pair, mask=mask, other=0)
-    high = tl.load(table_ptr + NUM_PAIRS + pair, mask=mask, other=0)
-    low = tl.load(table_ptr + 2 * NUM_PAIRS + pair, mask=mask, other=0)
+    axis, high, low = load_frequencies(table_ptr, pair, mask, NUM_PAIRS)
     return cos_sin(tl.where(axis == 0, row[:, None], col[:, None]), high, low)
 
 
@@ -602,7 +600,7 @@ def _attend_rotated_kernel(
     lse_ptr,  # [Hq, T]
     cu_seqlens_ptr,  # [S + 1]
     geometry_ptr,  # [G + 1, 3]
-    table_ptr,  # [3, D / 2]
+    table_ptr,  # [2, D / 2]
     # sizes and strides, in units of STRIDE_UNIT elements
     num_segments,
     search_steps,

@@ -365,5 +365,5 @@ def test_one_launch_without_spills_and_with_wide_stores(op, num_heads, target):
         in_place(op, qkv, num_heads, "triton")
     (launch,) = launches
     assert launch.stack == launch.spills == 0
-    assert launch.registers <= 64
+    assert launch.registers <= 96
     assert launch.wide_stores == launch.stores

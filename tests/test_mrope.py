@@ -157,5 +157,5 @@ def test_q_and_k_in_one_launch_without_spills(target):
         mrope(q, k, ids, mrope_section=(16, 24, 24), impl="triton")
     (launch,) = launches
     assert launch.stack == launch.spills == 0
-    assert launch.registers <= 64
+    assert launch.registers <= 96
     assert launch.wide_stores == launch.stores

@@ -234,7 +234,7 @@ def test_one_launch_without_spills_and_with_wide_accesses(target, head_dim):
         rope_2d(qkv[:, 0], qkv[:, 1], grid, impl="triton")
     (launch,) = launches
     assert launch.stack == launch.spills == 0
-    assert launch.registers <= 64
+    assert launch.registers <= 96
     if head_dim % 16 == 0:  # else a half head does not start on 128 bits
         assert launch.wide_stores == launch.stores
         assert launch.wide_loads >= 4
