@@ -213,7 +213,18 @@ class MissingRow(TypedDict):
     reason: str
 
 
-FORMS = {"scaling": Scaling, "packing": Packing, "compiled": Compiled}
+class Tiles(TypedDict):
+    """Tiles of attention that were timed, and how the model ranks them."""
+
+    device: str
+    date: str
+    triton: str
+    torch: str
+    ranking: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+
+FORMS = {"scaling": Scaling, "packing": Packing, "compiled": Compiled, "attention-tiles": Tiles}
 
 
 def read(path: Path) -> Any:

@@ -70,10 +70,15 @@ def _scatter_kernel(
 
     source = tl.load(sources_ptr + offs_r, mask=mask_r, other=-1).to(tl.int64)
     token = source - num_vectors
+    # three loads of which each row takes one: AMD's compiler takes no pointers of several tensors
     ptrs = row_ptrs(embeds_ptr, offs_r, batch_rows, stride_embeds_b, stride_embeds_l, STRIDE_UNIT)
-    ptrs = tl.where(source >= 0, vectors_ptr + source * stride_vectors_v * STRIDE_UNIT, ptrs)
-    ptrs = tl.where(token >= 0, tokens_ptr + token * stride_tokens_n * STRIDE_UNIT, ptrs)
-    x = tl.load(ptrs[:, None] + offs_c[None, :], mask=mask, other=0.0)
+    kept = mask & (source < 0)[:, None]
+    x = tl.load(ptrs[:, None] + offs_c[None, :], mask=kept, other=0.0)
+    ptrs = vectors_ptr + source * stride_vectors_v * STRIDE_UNIT
+    of_vector = mask & ((source >= 0) & (token < 0))[:, None]
+    x = tl.load(ptrs[:, None] + offs_c[None, :], mask=of_vector, other=x)
+    ptrs = tokens_ptr + token * stride_tokens_n * STRIDE_UNIT
+    x = tl.load(ptrs[:, None] + offs_c[None, :], mask=mask & (token >= 0)[:, None], other=x)
     tl.store(out_ptr + offs_r[:, None] * NUM_CHANNELS + offs_c[None, :], x, mask=mask)
 
 
@@ -116,12 +121,12 @@ def _scatter_bwd_kernel(
     passes = inside & tl.where(of_token, source == token + num_vectors, source < 0)
     grad_ptrs = row_ptrs(grad_ptr, row, batch_rows, stride_grad_b, stride_grad_l, STRIDE_UNIT)
     grad = tl.load(grad_ptrs[:, None] + offs_c[None, :], mask=passes[:, None] & mask_c, other=0.0)
-    out_ptrs = tl.where(
-        of_token,
-        grad_tokens_ptr + token * NUM_CHANNELS,
-        grad_embeds_ptr + offs_r * NUM_CHANNELS,
-    )
-    tl.store(out_ptrs[:, None] + offs_c[None, :], grad, mask=mask_r[:, None] & mask_c)
+    mask_t = (mask_r & of_token)[:, None] & mask_c
+    mask_e = (mask_r & ~of_token)[:, None] & mask_c
+    out = token[:, None] * NUM_CHANNELS + offs_c[None, :]
+    tl.store(grad_tokens_ptr + out, grad, mask=mask_t)
+    out = offs_r[:, None] * NUM_CHANNELS + offs_c[None, :]
+    tl.store(grad_embeds_ptr + out, grad, mask=mask_e)
 
 
 def scatter(

@@ -491,12 +491,73 @@ cotangent = torch.randn(128, 1, 64, generator=torch.Generator().manual_seed(0)).
 peers.torch.randn_like = lambda x: cotangent.view_as(x)
 with compiled.session("sm_90", run=True) as launches:
     got = flex.run()()
-assert len(launches) == 3 and launches[-1].matrix_flops > 0
+assert len(launches) == 3 and launches[-1].code.macs > 0
 
-inputs = peers._inputs(flex.op, flex.case)
+inputs = peers.inputs_of(flex.op, flex.case)
 leaves = [inputs[name].float().requires_grad_() for name in ("q", "k", "v")]
 out = varlen_attention(*leaves, inputs["cu_seqlens_q"])
 for a, b in zip(got, torch.autograd.grad(out, leaves, cotangent.float()), strict=True):
     assert (a - b).norm() <= 2 * MAX_RELATIVE_RMS[torch.bfloat16] * b.norm()
+""",
+    )
+
+
+def test_compiled_results_have_rows_and_tables_and_keep_other_targets(tmp_path):
+    options = ("--op", "scatter_tokens", "--dtype", "bfloat16", "--jobs", "1", "--out", tmp_path)
+    for target in ("sm_90", "gfx942"):
+        _python("-m", "compiled", "--target", target, *options)
+    results = json.loads((tmp_path / "compiled.json").read_text())
+    assert results["commits"].keys() == {"scatter_tokens"}
+    rows = results["rows"]
+    assert {row["target"] for row in rows} == {"sm_90", "gfx942"}
+    assert {"_invert_kernel", "_scatter_kernel", "_scatter_bwd_kernel"} <= {
+        row["kernel"] for row in rows
+    }
+    for row in rows:
+        assert row["spills"] == row["stack"] == 0
+        assert 0 < row["registers"] <= 255
+        assert 0 < row["occupancy"] <= 1
+        assert row["configurations"]
+    tables = (tmp_path / "compiled.md").read_text()
+    assert "| `scatter_tokens` _scatter_kernel | sm_90 |" in tables
+
+
+def test_a_kernel_that_spills_or_does_not_compile_is_not_fine():
+    _python(
+        "-c",
+        """
+from compiled.__main__ import fine
+assert fine({"spills": 0, "stack": 0})
+assert not fine({"spills": 2, "stack": 8})
+assert not fine({"spills": 0, "stack": 8})
+assert not fine({"error": "OutOfResources"})
+""",
+    )
+
+
+def test_the_model_knows_the_busiest_pipe_and_what_other_warps_hide():
+    _python(
+        "-c",
+        """
+from collections import Counter
+from dataclasses import replace
+from compiled import model
+from patchpack.testing._machine_code import Code
+from patchpack.testing.compiled import Launch
+
+loop = Counter({"HMMA.16816.F32.BF16": 64, "MUFU.EX2": 16, "FFMA": 32, "LDSM.16.M88.4": 8})
+code = Code(128, 0, loop, loop, 64 * 2048 * 4)
+launch = Launch("", "", (1, 1, 1), "sm_80", "bfloat16", {}, 4, 2, 0, 0, code)
+pipes = model.pipes(launch)
+assert pipes["tensor"] == 64 * 2048 * 4 / 1024
+assert pipes["special"] == 16 * 128 / 16
+assert pipes["fp32"] == 32 * 128 / 64
+assert pipes["shared"] == 8 * 16 * 128 / 128
+assert pipes["issue"] == loop.total()
+assert model.cycles(launch) == pipes["tensor"]  # four blocks hide the rest
+alone = replace(launch, shared=150 * 1024)
+rest = sum(pipes.values()) - pipes["issue"] + model.LOAD_LATENCY / 2
+assert alone.resident_blocks == 1
+assert abs(model.cycles(alone) - rest) < 1e-6
 """,
     )
