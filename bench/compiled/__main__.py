@@ -13,8 +13,6 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from _harness import machine
 from compiled import report
 from compiled.configurations import DTYPES, TARGETS
 from compiled.peers import CASES
-from compiled.tasks import Rows, of_case, of_op, of_peers, traffic_of
+from compiled.tasks import Rows, Task, of_case, of_op, of_peers, run, traffic_of
 from patchpack.testing.catalogue import SPECS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -47,9 +45,7 @@ def main() -> None:
     targets, dtypes = args.target or TARGETS, args.dtype or DTYPES
     ops = args.op or sorted(SPECS, key="varlen_attention".__ne__)  # what takes longest comes first
 
-    tasks: list[tuple[Callable[..., Any], tuple]] = [
-        (of_op, task) for task in itertools.product(ops, targets, dtypes)
-    ]
+    tasks: list[Task] = [(of_op, task) for task in itertools.product(ops, targets, dtypes)]
     cases = [case for case in CASES if case[0] in ops]
     tasks += [(of_case, (*case, target)) for case in cases for target in targets]
     tasks += [
@@ -62,10 +58,10 @@ def main() -> None:
 
     found: dict[str, Rows] = {"rows": [], "traffic": [], "missing": []}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=8) as pool:
-        waiting = [pool.submit(function, *task) for function, task in tasks]
-        for future in track(as_completed(waiting), "compiling", total=len(waiting)):
-            for kind, rows in future.result().items():
+    with context.Pool(args.jobs, maxtasksperchild=8) as pool:  # whose memory grows
+        done = pool.imap_unordered(run, tasks)
+        for result in track(done, "compiling", total=len(tasks)):
+            for kind, rows in result.items():
                 found[kind] += rows
     versions = {"commit": machine("cpu")["commit"], "date": datetime.date.today().isoformat()}
     versions |= {"triton": triton.__version__, "torch": torch.__version__}

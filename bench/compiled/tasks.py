@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +14,12 @@ from patchpack.testing import compiled, traffic
 from patchpack.testing.catalogue import SPECS
 
 Rows = list[dict[str, Any]]
+Task = tuple[Callable[..., dict[str, Rows]], tuple]
+
+
+def run(task: Task) -> dict[str, Rows]:
+    function, arguments = task
+    return function(*arguments)
 
 
 def of_op(op: str, target: str, dtype: str) -> dict[str, Rows]:
