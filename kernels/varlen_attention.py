@@ -46,6 +46,13 @@ def _find_tile(cu_seqlens_ptr, num_segments, search_steps, tile, BLOCK: tl.const
 
 
 @triton.jit
+def _tile_and_head(NUM_HEADS: tl.constexpr):
+    """What a program works on. Heads follow each other, so that long tiles do not come last."""
+    pid = tl.program_id(0).to(tl.int64)
+    return pid // NUM_HEADS, pid % NUM_HEADS
+
+
+@triton.jit
 def _rows_of(cu_seqlens_ptr, segment, num_segments, num_tokens, PADDING: tl.constexpr):
     """First row of a segment and its number of rows; with PADDING the one past the last has some.
 
@@ -205,6 +212,7 @@ def _attend_fwd_kernel(
     # compile-time
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -215,17 +223,14 @@ def _attend_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program attends from BLOCK_Q queries of one head to the keys of their segment."""
-    head = tl.program_id(1).to(tl.int64)
-    num_heads = tl.num_programs(1)
-    segment, first_q = _find_tile(
-        cu_seqlens_q_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_Q
-    )
+    tile, head = _tile_and_head(NUM_HEADS)
+    segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
     begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
     begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
     if first_q >= len_q:
         return
 
-    stride_out_t = num_heads * HEAD_DIM
+    stride_out_t = NUM_HEADS * HEAD_DIM
     q_ptr = _head_of(q_ptr, begin_q, stride_q_t, head, stride_q_h, STRIDE_UNIT)
     k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)
     v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head // GROUP, stride_v_h, STRIDE_UNIT)
@@ -316,6 +321,7 @@ def _attend_bwd_dq_kernel(
     COMPENSATED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -326,17 +332,14 @@ def _attend_bwd_dq_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program makes the gradient of BLOCK_Q queries of one head, and their ``delta``."""
-    head = tl.program_id(1).to(tl.int64)
-    num_heads = tl.num_programs(1)
-    segment, first_q = _find_tile(
-        cu_seqlens_q_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_Q
-    )
+    tile, head = _tile_and_head(NUM_HEADS)
+    segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
     begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
     begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
     if first_q >= len_q:
         return
 
-    stride_out_t = num_heads * HEAD_DIM
+    stride_out_t = NUM_HEADS * HEAD_DIM
     q_ptr = _head_of(q_ptr, begin_q, stride_q_t, head, stride_q_h, STRIDE_UNIT)
     k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)
     v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head // GROUP, stride_v_h, STRIDE_UNIT)
@@ -449,6 +452,7 @@ def _attend_bwd_dkv_kernel(
     COMPENSATED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -459,19 +463,16 @@ def _attend_bwd_dkv_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program makes the gradients of BLOCK_K keys and values of one head, over its queries."""
-    head_k = tl.program_id(1).to(tl.int64)
-    num_k_heads = tl.num_programs(1)
-    num_q_heads = num_k_heads * GROUP
-    segment, first_k = _find_tile(
-        cu_seqlens_k_ptr, num_segments, search_steps, tl.program_id(0).to(tl.int64), BLOCK_K
-    )
+    NUM_K_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    tile, head_k = _tile_and_head(NUM_K_HEADS)
+    segment, first_k = _find_tile(cu_seqlens_k_ptr, num_segments, search_steps, tile, BLOCK_K)
     begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, True)
     begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, False)
     if first_k >= len_k:
         return
 
-    stride_out_t = num_q_heads * HEAD_DIM
-    stride_grad_t = num_k_heads * HEAD_DIM
+    stride_out_t = NUM_HEADS * HEAD_DIM
+    stride_grad_t = NUM_K_HEADS * HEAD_DIM
     k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head_k, stride_k_h, STRIDE_UNIT)
     v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head_k, stride_v_h, STRIDE_UNIT)
     grad_k_ptr = _head_of(grad_k_ptr, begin_k, stride_grad_t, head_k, HEAD_DIM, 1)
@@ -770,6 +771,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[
     return [stride // unit for x in (q, k, v) for stride in x.stride()[:2]], {
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
+        "NUM_HEADS": q.shape[1],
         "GROUP": q.shape[1] // k.shape[1],
         "HEAD_DIM": q.shape[2],
         "STRIDE_UNIT": unit,
@@ -799,7 +801,8 @@ def attend(
     masked = constants["HAS_LEFT"] or constants["HAS_RIGHT"] or constants["GROUP"] > 1
     kind = q.shape[2], masked, q.dtype, architecture()
     tiles = _tiles("fwd", *kind)
-    _attend_fwd_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_heads)](
+    num_tiles = num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1
+    _attend_fwd_kernel[(num_tiles * num_heads,)](
         q,
         k,
         v,
@@ -852,7 +855,8 @@ def attend_bwd(
     steps = num_segments.bit_length()
     if num_q_tokens:
         tiles = _tiles("dq", *kind)
-        _attend_bwd_dq_kernel[(num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1, num_q_heads)](
+        num_tiles = num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1
+        _attend_bwd_dq_kernel[(num_tiles * num_q_heads,)](
             grad_out,
             lse if grad_lse is None else grad_lse.contiguous(),
             q,
@@ -878,7 +882,8 @@ def attend_bwd(
         )
     if num_k_tokens:
         tiles = _tiles("dkv", *kind)
-        _attend_bwd_dkv_kernel[(num_k_tokens // tiles["BLOCK_K"] + num_segments + 1, num_k_heads)](
+        num_tiles = num_k_tokens // tiles["BLOCK_K"] + num_segments + 1
+        _attend_bwd_dkv_kernel[(num_tiles * num_k_heads,)](
             grad_out,
             q,
             k,

@@ -1190,8 +1190,8 @@ FAULTS = [
     Fault(
         "traffic of varlen_attention: twice as many idle programs as needed",
         "kernels/varlen_attention.py",
-        'tiles["BLOCK_Q"] + num_segments + 1, num_heads)',
-        'tiles["BLOCK_Q"] + 2 * num_segments + 2, num_heads)',
+        'tiles["BLOCK_Q"] + num_segments + 1\n    _attend',
+        'tiles["BLOCK_Q"] + 2 * num_segments + 2\n    _attend',
         "tests/test_traffic.py -k idle_programs-and-Qwen2",
     ),
     Fault(

@@ -530,9 +530,8 @@ def test_the_launches_follow_from_the_numbers_of_tokens_and_segments():
         "_attend_bwd_dq_kernel",
         "_attend_bwd_dkv_kernel",
     ]
-    assert all(launch.grid[1:] == (4, 1) for launch in launches)
-    # 113 rows in tiles of 64, and one for each of 3 segments and what lies past them
-    assert all(launch.grid[0] == 113 // 64 + 3 + 1 for launch in launches)
+    # 113 rows in tiles of 64, and one for each of 3 segments and what lies past them; four heads
+    assert all(launch.grid == ((113 // 64 + 3 + 1) * 4, 1, 1) for launch in launches)
 
 
 def multiplications(launch):
