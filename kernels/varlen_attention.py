@@ -690,8 +690,16 @@ def _pieces(head_dim: int) -> tuple[int, int]:
 # 4096 rows. They do not depend on lengths, on which the bits of a segment would then depend
 _TILES = {  # sm_80, sm_86, sm_89, sm_120: at most 99 KiB of shared memory
     "fwd": {
-        72: (64, 32, 4, 3),
+        64: (64, 32, 4, 3),
+        72: (128, 32, 8, 2),
         80: (64, 64, 4, 2),
+        96: (64, 32, 4, 2),
+        128: (64, 64, 4, 2),
+    },
+    "fwd, masked": {
+        64: (64, 32, 4, 3),
+        72: (128, 32, 8, 2),
+        80: (64, 32, 4, 3),
         96: (64, 32, 4, 2),
         128: (64, 64, 4, 2),
     },
