@@ -29,6 +29,7 @@ from compiled.tasks import Rows, Task, of_case, of_op, of_peers, run, traffic_of
 from patchpack.testing.catalogue import SPECS
 
 RESULTS = Path(__file__).parents[1] / "results"
+PARTS = ("kernels", "peers", "traffic")
 # of which Inductor can be asked for code
 PEER_TARGETS = ("sm_80", "sm_90", "sm_100")
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, action="append", help="all of them by default")
     parser.add_argument("--op", choices=list(SPECS), action="append", help="all of them by default")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="all of them by default")
+    parser.add_argument("--part", choices=PARTS, action="append", help="all of them by default")
     parser.add_argument("--peers", type=Path, help="a folder with checkouts of other libraries")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -45,17 +47,27 @@ def main() -> None:
     targets, dtypes = args.target or TARGETS, args.dtype or DTYPES
     ops = args.op or sorted(SPECS, key="varlen_attention".__ne__)  # what takes longest comes first
 
-    tasks: list[Task] = [(of_op, task) for task in itertools.product(ops, targets, dtypes)]
-    cases = [case for case in CASES if case[0] in ops]
-    tasks += [(of_case, (*case, target)) for case in cases for target in targets]
-    tasks += [
-        (of_peers, (*case, target, args.peers))
-        for case in cases
-        for target in PEER_TARGETS
-        if target in targets
-    ]
-    tasks += [(traffic_of, (*case, args.peers)) for case in cases]
+    parts = args.part or PARTS
 
+    cases = [case for case in CASES if case[0] in ops]
+    tasks_of: dict[str, list[Task]] = {
+        "kernels": [
+            (of_op, (op, target, dtype))
+            for op, target, dtype in itertools.product(ops, targets, dtypes)
+            if target != "gfx950" or dtype == "bfloat16"  # which is compiled as gfx942 is
+        ],
+        "peers": [
+            *((of_case, (*case, target)) for case in cases for target in targets),
+            *(
+                (of_peers, (*case, target, args.peers))
+                for case in cases
+                for target in PEER_TARGETS
+                if target in targets
+            ),
+        ],
+        "traffic": [(traffic_of, (*case, args.peers)) for case in cases],
+    }
+    tasks = [task for part in parts for task in tasks_of[part]]
     found: dict[str, Rows] = {"rows": [], "traffic": [], "missing": []}
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.jobs, maxtasksperchild=8) as pool:  # whose memory grows
@@ -65,7 +77,7 @@ def main() -> None:
                 found[kind] += rows
     versions = {"commit": machine("cpu")["commit"], "date": datetime.date.today().isoformat()}
     versions |= {"triton": triton.__version__, "torch": torch.__version__}
-    report.write(args.out, versions, found, ops, targets)
+    report.write(args.out, versions, found, ops, targets, parts)
     console = Console()
     failed = [row for row in found["rows"] if row["provider"] == "patchpack" and not fine(row)]
     for row in failed:

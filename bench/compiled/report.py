@@ -24,8 +24,9 @@ def write(
     found: dict[str, list[Row]],
     ops: Sequence[str],
     targets: Sequence[str],
+    parts: Sequence[str],
 ) -> None:
-    """Write ``compiled.json`` and ``compiled.md``; rows of other ops and targets are kept."""
+    """Write ``compiled.json`` and ``compiled.md``; rows of other ops, targets and parts are kept."""
     path = folder / "compiled.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     commits = {**stored.get("commits", {}), **dict.fromkeys(ops, versions["commit"])}
@@ -35,13 +36,21 @@ def write(
         kept = [
             row
             for row in stored.get(kind, [])
-            if row["op"] not in ops or row.get("target", targets[0]) not in targets
+            if row["op"] not in ops
+            or row.get("target", targets[0]) not in targets
+            or _part(kind, row) not in parts
         ]
         results[kind] = sorted(kept + rows, key=lambda row: [str(row.get(x, "")) for x in order])
     check(results, Compiled, path.name)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(map(_lines, results, results.values())) + "\n}\n")
     path.with_suffix(".md").write_text("\n".join(_tables(results)))
+
+
+def _part(kind: str, row: Row) -> str:
+    if kind == "rows":
+        return "peers" if "case" in row else "kernels"
+    return "traffic" if kind == "traffic" or row["target"] == "any" else "peers"
 
 
 def _lines(name: str, value: Any) -> str:
