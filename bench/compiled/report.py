@@ -26,7 +26,7 @@ def write(
     targets: Sequence[str],
     parts: Sequence[str],
 ) -> None:
-    """Write ``compiled.json`` and ``compiled.md``; rows of other ops, targets and parts are kept."""
+    """Write ``compiled.json`` and ``compiled.md``, and keep rows of other ops, targets and parts."""
     path = folder / "compiled.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     commits = {**stored.get("commits", {}), **dict.fromkeys(ops, versions["commit"])}
@@ -37,7 +37,7 @@ def write(
             row
             for row in stored.get(kind, [])
             if row["op"] not in ops
-            or row.get("target", targets[0]) not in targets
+            or row.get("target", "any") not in (*targets, "any")
             or _part(kind, row) not in parts
         ]
         results[kind] = sorted(kept + rows, key=lambda row: [str(row.get(x, "")) for x in order])
