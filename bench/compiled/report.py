@@ -26,7 +26,7 @@ def write(
     targets: Sequence[str],
     parts: Sequence[str],
 ) -> None:
-    """Write ``compiled.json`` and ``compiled.md``, and keep rows of other ops, targets and parts."""
+    """Write ``compiled.json`` and ``compiled.md``, with what they have of the rest."""
     path = folder / "compiled.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     commits = {**stored.get("commits", {}), **dict.fromkeys(ops, versions["commit"])}
