@@ -46,7 +46,7 @@ def code_row(provider: str, op: str, name: str, launch: compiled.Launch) -> dict
         row["loop"]["pipes"] = busy
         scores = _scores(launch)
         if scores:
-            needed = scores * PRODUCTS[launch.kernel] * constants["HEAD_DIM"]
+            needed = scores * PRODUCTS[launch.kernel] * launch.constants["HEAD_DIM"]
             row["loop"]["macs_issued_over_needed"] = round(launch.code.macs / needed, 4)
             row["loop"]["cycles_a_1000_scores"] = round(1000 * model.cycles(launch) / scores, 1)
     return row

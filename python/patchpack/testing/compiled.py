@@ -288,7 +288,7 @@ def _inspect(
     kernel: JITFunction, binary: Any, target: str, grid: Any, arguments: dict[str, Any]
 ) -> Launch:
     read, source = (read_amd, "amdgcn") if target.startswith("gfx") else (read_nvidia, "cubin")
-    dimensions = grid(arguments) if callable(grid) else grid
+    dimensions: Any = grid(arguments) if callable(grid) else grid
     x, y, z = (*dimensions, 1, 1)[:3]
     tensors = [x.dtype for x in arguments.values() if isinstance(x, torch.Tensor)]
     floating = [dtype for dtype in tensors if dtype.is_floating_point] or tensors
