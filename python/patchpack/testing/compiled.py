@@ -82,8 +82,12 @@ class Launch:
         return self.code.stack
 
     @property
+    def opcodes(self) -> Counter[str]:
+        return self.code.opcodes
+
+    @property
     def instructions(self) -> int:
-        return self.code.opcodes.total()
+        return self.opcodes.total()
 
     @property
     def loop(self) -> Counter[str]:
@@ -151,7 +155,7 @@ class Launch:
     def tensor_core(self) -> dict[str, int]:
         """Matrix instructions by kind: HMMA, HGMMA (sm_90), UTC*MMA (sm_100), MFMA (AMD)."""
         found: Counter[str] = Counter()
-        for opcode, count in self.code.opcodes.items():
+        for opcode, count in self.opcodes.items():
             if kind := re.match(r"H?G?MMA|UTC\w*MMA|v_(mfma)", opcode):
                 found[(kind[1] or kind[0]).upper()] += count
         return dict(found)
@@ -167,7 +171,7 @@ class Launch:
         return [self.spills, self.instructions * self.num_warps * math.prod(self.grid)]
 
     def _count(self, pattern: str) -> int:
-        return sum(n for opcode, n in self.code.opcodes.items() if re.match(pattern, opcode))
+        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
 
 
 @contextlib.contextmanager
