@@ -11,8 +11,8 @@ from patchpack.testing.contract import LENGTH_SETS, Subject, backward, leaves, t
 
 # a target, and every which case is compiled for it: registers are scarce in attention alone
 TARGETS = {"sm_80": 1, "sm_86": 6, "sm_90": 2, "sm_100": 2, "sm_120": 4, "gfx942": 4}
-# registers a thread and instructions that a kernel may have: for sm_90 it has a quarter less, and
-# half as many
+# registers a thread and instructions that a kernel may have, about a quarter and as many more than
+# the shapes of real models take
 BUDGETS = {
     "_add_bwd_kernel": (200, 3800),
     "_add_kernel": (256, 2800),
@@ -29,12 +29,12 @@ BUDGETS = {
     "_cut_kernel": (120, 3000),
     "_invert_kernel": (40, 300),
     "_merge_bwd_kernel": (256, 2500),
-    "_merge_kernel": (256, 3300),
+    "_merge_kernel": (256, 6600),
     "_resize_axis_kernel": (224, 2700),
     "_resize_bwd_kernel": (160, 2400),
     "_resize_kernel": (256, 2600),
     "_rotate_2d_kernel": (120, 1700),
-    "_rotate_kernel": (136, 1500),
+    "_rotate_kernel": (208, 1500),
     "_rotate_multimodal_kernel": (160, 1400),
     "_scatter_bwd_kernel": (112, 1300),
     "_scatter_kernel": (104, 1100),
