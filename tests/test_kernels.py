@@ -101,8 +101,9 @@ def test_attention_uses_the_tensor_cores_of_the_target_and_wide_accesses(target,
         products = {"fwd": 2, "dq": 3, "dkv": 4}[launch.kernel.split("_")[-2]]
         tile = launch.constants["BLOCK_Q"] * launch.constants["BLOCK_K"]
         assert launch.code.macs == products * tile * head_dim  # nothing for padding
-        assert launch.wide_loads >= launch.loads / 4  # the rest are sums of rows, and lengths
-        assert launch.stores == launch.wide_stores + 1 or kind != "HMMA"
+        assert launch.wide_loads > 0
+        if kind != "MFMA":  # whose results lie in rows of 64 bits
+            assert launch.stores - launch.wide_stores <= 2  # sums of rows, and 16 channels of 80
 
 
 @pytest.mark.parametrize("op", SPECS)
