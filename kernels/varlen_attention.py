@@ -687,7 +687,8 @@ def _pieces(head_dim: int) -> tuple[int, int]:
 
 # BLOCK_Q, BLOCK_K, warps and stages of each pass, by the largest head size they are for: tiles that
 # spill no registers, whatever the mask, ranked by bench/compiled/model.py for segments of 64 to
-# 4096 rows. They do not depend on lengths, on which the bits of a segment would then depend
+# 4096 rows. They do not depend on lengths, on which the bits of a segment would then depend.
+# "masked" says what differs with masks, or keys that heads share
 _TILES = {  # sm_80, sm_86, sm_89, sm_120: at most 99 KiB of shared memory
     "fwd": {
         64: (64, 32, 4, 3),
@@ -696,13 +697,7 @@ _TILES = {  # sm_80, sm_86, sm_89, sm_120: at most 99 KiB of shared memory
         96: (64, 32, 4, 1),
         128: (64, 64, 4, 2),
     },
-    "fwd, masked": {
-        64: (64, 32, 4, 3),
-        72: (128, 32, 8, 2),
-        80: (64, 32, 4, 3),
-        96: (64, 32, 4, 1),
-        128: (64, 64, 4, 2),
-    },
+    "fwd, masked": {80: (64, 32, 4, 3)},
     "dq": {
         64: (64, 32, 4, 2),
         72: (64, 32, 4, 1),
@@ -733,8 +728,8 @@ _TILES_SM_100 = {
     "fwd": {80: (128, 64, 4, 3), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
     "dq": {64: (128, 64, 4, 3), 96: (128, 32, 4, 3), 128: (64, 64, 8, 2)},
     "dkv": {64: (32, 64, 4, 3), 128: (64, 64, 8, 1)},
-    "fwd, masked": {80: (128, 64, 4, 1), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
-    "dkv, masked": {64: (32, 64, 4, 1), 128: (64, 64, 8, 1)},
+    "fwd, masked": {80: (128, 64, 4, 1)},
+    "dkv, masked": {64: (32, 64, 4, 1)},
 }
 _TILES_AMD = {  # at most 64 KiB of shared memory
     "fwd": {64: (128, 32, 4, 3), 96: (128, 32, 4, 1), 128: (128, 64, 8, 2)},
@@ -774,7 +769,7 @@ def _tiles(
         pieces = 64, 64  # what registers hold of a head at once is half as much
     tiles = passes[pass_name]
     if masked:
-        tiles = passes.get(f"{pass_name}, masked", tiles)
+        tiles = {**tiles, **passes.get(f"{pass_name}, masked", {})}
     names = ("D0", "D1", "BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
     largest = min(size for size in tiles if size >= head_dim)
     return dict(zip(names, (*pieces, *tiles[largest]), strict=True))

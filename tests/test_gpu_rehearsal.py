@@ -559,8 +559,8 @@ def test_the_commit_is_that_of_the_package(monkeypatch, tmp_path):
     assert len((machine.commit() or "").removesuffix("-dirty")) == 40
 
 
-def test_info_says_what_a_bug_report_needs(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", "/tmp/cache"))
+def test_info_says_what_a_bug_report_needs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     facts = dict(line.split(maxsplit=1) for line in printed.partition("\n\n")[0].splitlines())
