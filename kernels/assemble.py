@@ -2,6 +2,9 @@
 
 A learned vector in the sequence is a map of one row without columns, and the vector is what ends
 the row, so that it needs no code of its own.
+
+A program goes through all channels of its tokens, so that what the layout says of a token is read
+and worked out once.
 """
 
 import torch
@@ -16,7 +19,6 @@ from patchpack.kernels._tiles import (
     find_grid,
     last_contiguous,
     row_ptrs,
-    row_tiles,
     stride_unit,
 )
 
@@ -53,6 +55,18 @@ def _target_of(row_ptrs):
     return begin, rows, cols, newline
 
 
+@triton.jit
+def _tap(
+    ky, kx, start_y, start_x, top, left, height, width, first, tile_rows, tile_cols, num_beside
+):  # fmt: skip
+    """The token that is one of four taps, from the first of both axes."""
+    y = top + tl.minimum(tl.maximum(start_y + ky, 0), height - 1)
+    x = left + tl.minimum(tl.maximum(start_x + kx, 0), width - 1)
+    tile = y // tile_rows * num_beside + x // tile_cols
+    in_tile = y % tile_rows * tile_cols + x % tile_cols
+    return first + tile * (tile_rows * tile_cols) + in_tile
+
+
 @triton.jit(
     do_not_specialize=["num_parts", "search_steps", "num_tokens", "batch_rows", "stride_tokens_b"]
 )
@@ -78,13 +92,9 @@ def _assemble_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program makes BLOCK_C channels of BLOCK_T tokens of the sequence."""
-    pid = tl.program_id(0).to(tl.int64)
-    pid_c = pid % tl.cdiv(NUM_CHANNELS, BLOCK_C)
-    offs_t = pid // tl.cdiv(NUM_CHANNELS, BLOCK_C) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    """One program makes BLOCK_T tokens of the sequence, BLOCK_C channels at a time."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
-    mask_c = (offs_c < NUM_CHANNELS)[None, :]
 
     part = find_grid(table_ptr, num_parts, search_steps, offs_t, _COLUMNS)
     part_ptrs = table_ptr + part.to(tl.int64) * _COLUMNS
@@ -104,32 +114,33 @@ def _assemble_kernel(
     )
     nothing = tl.zeros((BLOCK_T, BLOCK_C), tl.float32) * -1.0  # -0.0: added, it changes no bits
     absent = nothing.to(tokens_ptr.dtype.element_ty)
-    acc = nothing
-    for ky in range(2):
-        weight_y = weight_at(distance_y + ky * unit_y, size_y, "bilinear", False)
-        y = top + tl.minimum(tl.maximum(first_y + ky, 0), height - 1)
-        for kx in tl.static_range(2):
-            weight = weight_y * weight_at(distance_x + kx * unit_x, size_x, "bilinear", False)
-            x = left + tl.minimum(tl.maximum(first_x + kx, 0), width - 1)
-            tile = y // tile_rows * num_beside + x // tile_cols
-            in_tile = y % tile_rows * tile_cols + x % tile_cols
-            token = first + tile * (tile_rows * tile_cols) + in_tile
-            taps = row_ptrs(
-                tokens_ptr, token, batch_rows, stride_tokens_b, stride_tokens_r, STRIDE_UNIT
-            )
-            read = (mask_t & ~is_vector & (weight != 0.0))[:, None] & mask_c
-            values = tl.load(taps[:, None] + offs_c[None, :], mask=read, other=absent)
-            acc += weight[:, None] * values.to(tl.float32)
-
+    out_ptrs = (out_ptr + offs_t * NUM_CHANNELS)[:, None]
     if HAS_VECTORS:
         vector_ptrs = vectors_ptr + newline.to(tl.int64) * stride_vectors_v * STRIDE_UNIT
-        read = (mask_t & is_vector)[:, None] & mask_c
-        values = tl.load(vector_ptrs[:, None] + offs_c[None, :], mask=read, other=0.0)
-        acc = tl.where(is_vector[:, None], values.to(tl.float32), acc)
-        label = tl.where(is_vector, newline, -1)
-        tl.store(labels_ptr + offs_t, label, mask=mask_t & (pid_c == 0))
-    out_ptrs = out_ptr + offs_t[:, None] * NUM_CHANNELS + offs_c[None, :]
-    tl.store(out_ptrs, acc, mask=mask_t[:, None] & mask_c)
+        tl.store(labels_ptr + offs_t, tl.where(is_vector, newline, -1), mask=mask_t)
+    for first_c in range(0, NUM_CHANNELS, BLOCK_C):
+        offs_c = first_c + tl.arange(0, BLOCK_C)[None, :]
+        mask_c = offs_c < NUM_CHANNELS
+        acc = nothing
+        for ky in tl.static_range(2):
+            weight_y = weight_at(distance_y + ky * unit_y, size_y, "bilinear", False)
+            for kx in tl.static_range(2):
+                weight = weight_y * weight_at(distance_x + kx * unit_x, size_x, "bilinear", False)
+                token = _tap(
+                    ky, kx, first_y, first_x, top, left, height, width, first, tile_rows,
+                    tile_cols, num_beside,
+                )  # fmt: skip
+                taps = row_ptrs(
+                    tokens_ptr, token, batch_rows, stride_tokens_b, stride_tokens_r, STRIDE_UNIT
+                )
+                read = (mask_t & ~is_vector & (weight != 0.0))[:, None] & mask_c
+                values = tl.load(taps[:, None] + offs_c, mask=read, other=absent)
+                acc += weight[:, None] * values.to(tl.float32)
+        if HAS_VECTORS:
+            read = (mask_t & is_vector)[:, None] & mask_c
+            values = tl.load(vector_ptrs[:, None] + offs_c, mask=read, other=0.0)
+            acc = tl.where(is_vector[:, None], values.to(tl.float32), acc)
+        tl.store(out_ptrs + offs_c, acc, mask=mask_t[:, None] & mask_c)
 
 
 @triton.jit(do_not_specialize=["num_maps", "search_steps", "num_tokens"])
@@ -150,12 +161,9 @@ def _assemble_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program gathers BLOCK_C channels of the gradient of BLOCK_T tokens of maps."""
-    pid = tl.program_id(0).to(tl.int64)
-    offs_c = pid % tl.cdiv(NUM_CHANNELS, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_t = pid // tl.cdiv(NUM_CHANNELS, BLOCK_C) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One program gathers the gradient of BLOCK_T tokens of maps, BLOCK_C channels at a time."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
-    mask_c = (offs_c < NUM_CHANNELS)[None, :]
 
     map_ptrs = maps_ptr + find_grid(maps_ptr, num_maps, search_steps, offs_t).to(tl.int64) * 3
     part_ptrs = table_ptr + tl.load(map_ptrs + 1) * _COLUMNS
@@ -177,30 +185,40 @@ def _assemble_bwd_kernel(
         col, width, out_cols, "bilinear", False, False
     )
     length = out_cols + (newline >= 0)
+    num_y = tl.max(tl.where(is_read, count_y, 0))
+    num_x = tl.max(tl.where(is_read, count_x, 0))
+    grad_tokens_ptrs = (grad_tokens_ptr + offs_t * NUM_CHANNELS)[:, None]
     # grad_tokens[i, j] = sum_{o, p} Wh[o, i] Ww[p, j] grad[o, p]
-    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for ky in range(tl.max(tl.where(is_read, count_y, 0))):
-        out_y = first_y + ky
-        weight_y = matrix_entry(
-            out_y, row, height, out_rows, distance_y - ky * slope_y, unit_y, size_y, "bilinear",
-            False, NUM_TAPS=2,
-        )  # fmt: skip
-        weight_y = tl.where(is_read & (out_y < out_rows), weight_y, 0.0)
-        for kx in range(tl.max(tl.where(is_read, count_x, 0))):
-            out_x = first_x + kx
-            weight_x = matrix_entry(
-                out_x, col, width, out_cols, distance_x - kx * slope_x, unit_x, size_x, "bilinear",
+    for first_c in range(0, NUM_CHANNELS, BLOCK_C):
+        offs_c = first_c + tl.arange(0, BLOCK_C)[None, :]
+        mask_c = offs_c < NUM_CHANNELS
+        acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        for ky in range(num_y):
+            out_y = first_y + ky
+            weight_y = matrix_entry(
+                out_y, row, height, out_rows, distance_y - ky * slope_y, unit_y, size_y, "bilinear",
                 False, NUM_TAPS=2,
             )  # fmt: skip
-            weight = tl.where(out_x < out_cols, weight_y * weight_x, 0.0)
-            readers = begin + out_y * length + out_x
-            grad_ptrs = grad_ptr + readers * stride_grad_t * STRIDE_UNIT
-            mask = (weight[:, None] != 0.0) & mask_c
-            grad = tl.load(grad_ptrs[:, None] + offs_c[None, :], mask=mask, other=0.0)
-            acc += weight[:, None] * grad.to(tl.float32)
+            weight_y = tl.where(is_read & (out_y < out_rows), weight_y, 0.0)
+            for kx in range(num_x):
+                out_x = first_x + kx
+                weight_x = matrix_entry(
+                    out_x, col, width, out_cols, distance_x - kx * slope_x, unit_x, size_x,
+                    "bilinear", False, NUM_TAPS=2,
+                )  # fmt: skip
+                weight = tl.where(out_x < out_cols, weight_y * weight_x, 0.0)
+                readers = begin + out_y * length + out_x
+                grad_ptrs = grad_ptr + readers * stride_grad_t * STRIDE_UNIT
+                mask = (weight[:, None] != 0.0) & mask_c
+                grad = tl.load(grad_ptrs[:, None] + offs_c, mask=mask, other=0.0)
+                acc += weight[:, None] * grad.to(tl.float32)
+        tl.store(grad_tokens_ptrs + offs_c, acc, mask=mask_t[:, None] & mask_c)
 
-    grad_tokens_ptrs = grad_tokens_ptr + offs_t[:, None] * NUM_CHANNELS + offs_c[None, :]
-    tl.store(grad_tokens_ptrs, acc, mask=mask_t[:, None] & mask_c)
+
+def _tile(num_channels: int) -> tuple[int, int]:
+    """Tokens and channels of a tile: 4096 elements, at most one token a thread."""
+    block_c = min(triton.next_power_of_2(num_channels), 256)
+    return min(4096 // block_c, 128), block_c
 
 
 def assemble(
@@ -215,8 +233,8 @@ def assemble(
     tokens = last_contiguous(tokens)
     given = tokens[0] if vectors is None else last_contiguous(vectors)
     unit = stride_unit(tokens, given)
-    grid, block_t, block_c = row_tiles(num_tokens, num_channels)
-    _assemble_kernel[grid](
+    block_t, block_c = _tile(num_channels)
+    _assemble_kernel[(triton.cdiv(num_tokens, block_t),)](
         tokens,
         given,
         table,
@@ -255,8 +273,8 @@ def assemble_bwd(
     if grad_tokens.numel() > 0:
         num_tokens, num_maps = num_tiles * tile_size, maps.shape[0] - 1
         unit = stride_unit(grad)
-        grid, block_t, block_c = row_tiles(num_tokens, num_channels)
-        _assemble_bwd_kernel[grid](
+        block_t, block_c = _tile(num_channels)
+        _assemble_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
             grad,
             table,
             maps,

@@ -593,8 +593,6 @@ ELEMENTWISE = {
     "scatter_tokens": lambda: scatter_tokens(BF16),
     "assemble": lambda: assemble(BF16),
 }
-# what is requested more than 1.05 times, and so often
-REPEATS = {"assemble": "1.203 and 1.234: the layout is read once a token and tile of channels"}
 
 
 @functools.cache
@@ -609,13 +607,7 @@ def test_elementwise_ops_move_every_byte_once(name):
         assert totals.unique_ratio == pytest.approx(1, abs=5e-3)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=REPEATS[name]) if name in REPEATS else ())
-        for name in ELEMENTWISE
-    ],
-)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_ops_request_every_byte_once(name):
     for totals in measured(name):
         assert totals.requested_ratio <= 1.05
