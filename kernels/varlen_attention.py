@@ -6,6 +6,12 @@ what it is packed with. Tiles are numbered so that those of segment ``s`` begin 
 launch needs the numbers of tokens and segments only. The rows past the last segment are one more
 segment, whose queries have no keys and whose keys have no queries.
 
+A segment of few queries, at most a tile, and more than ``_CHUNK`` keys would keep one program a
+head busy for long. In half precision its keys are split into chunks, counted from its own first
+key: what each gives is a float32 part, and parts are summed in order. Whether a segment is split
+depends on its own lengths alone. Its chunks are numbered from ``2 * cu_seqlens_k[s] // _CHUNK`` on:
+it has less than twice as many numbers as chunks, and no two such segments overlap.
+
 A head is held as a pair of tiles, channels ``[0, D0)`` and ``[D0, D0 + D1)``, because tiles have
 powers of two: no product is spent on the padding of 80 to 128. With ``D1 == 0`` the second tile
 stands for nothing, and the compiler removes it.
@@ -29,20 +35,37 @@ from patchpack.kernels._tiles import (
 from patchpack.kernels.rope_2d import angle_table
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_CHUNK = 1024  # keys, a multiple of all tiles
 
 
 @triton.jit
-def _find_tile(cu_seqlens_ptr, num_segments, search_steps, tile, BLOCK: tl.constexpr):
-    """Segment of a tile, and the tile's first row in it."""
+def _find_tile(
+    cu_seqlens_ptr, num_segments, search_steps, tile, BLOCK: tl.constexpr, EACH: tl.constexpr = 1
+):  # fmt: skip
+    """Segment of a tile, and the tile's first row in it. A segment has EACH more tiles' numbers."""
     low = tl.zeros_like(tile)
     high = low + num_segments
     for _ in range(search_steps):
         middle = (low + high + 1) // 2
-        first = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle
+        first = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle * EACH
         low = tl.where(first <= tile, middle, low)
         high = tl.where(first <= tile, high, middle - 1)
-    first = tl.load(cu_seqlens_ptr + low) // BLOCK + low
+    first = tl.load(cu_seqlens_ptr + low) // BLOCK + low * EACH
     return low, (tl.maximum(tile - first, 0) * BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _find_chunk(cu_seqlens_ptr, num_segments, search_steps, number, CHUNK: tl.constexpr):
+    """Segment of a chunk of keys, and the chunk's first key in it."""
+    segment, half = _find_tile(
+        cu_seqlens_ptr, num_segments, search_steps, number, CHUNK // 2, EACH=0
+    )
+    return segment, 2 * half
+
+
+@triton.jit
+def _is_split(len_q, len_k, BLOCK_Q: tl.constexpr, CHUNK: tl.constexpr):
+    return (len_q > 0) & (len_q <= BLOCK_Q) & (len_k > CHUNK)
 
 
 @triton.jit
@@ -98,6 +121,16 @@ def _tile_bounds(
 
 
 @triton.jit
+def _within(bounds, first, last):
+    """``bounds`` cut to ``[first, last]``."""
+    b0 = tl.minimum(tl.maximum(bounds[0], first), last)
+    b1 = tl.minimum(tl.maximum(bounds[1], first), last)
+    b2 = tl.minimum(tl.maximum(bounds[2], first), last)
+    b3 = tl.minimum(tl.maximum(bounds[3], first), last)
+    return b0, b1, b2, b3
+
+
+@triton.jit
 def _visible(i, j, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Whether row ``i`` sees ``j``."""
     visible = j < length
@@ -112,6 +145,21 @@ def _visible(i, j, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.co
 def _head_of(ptr, row, stride_t, head, stride_h, STRIDE_UNIT: tl.constexpr):
     # strides come divided by STRIDE_UNIT, so that the compiler knows they are its multiples
     return ptr + (row.to(tl.int64) * stride_t + head * stride_h) * STRIDE_UNIT
+
+
+@triton.jit
+def _result_of(
+    ptr, row_ptr, row, head, num_tokens, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Where a program's rows of a result begin, and of one number a row; the stride of rows."""
+    if SPLIT == "chunks":
+        first = tl.program_id(0).to(tl.int64) * BLOCK_Q
+        return ptr + first * HEAD_DIM, row_ptr + first, tl.full((), HEAD_DIM, tl.int32)
+    stride = tl.full((), NUM_HEADS * HEAD_DIM, tl.int32)
+    return (
+        _head_of(ptr, row, stride, head, HEAD_DIM, 1), row_ptr + head * num_tokens + row, stride,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -190,8 +238,8 @@ def _attend_fwd_kernel(
     q_ptr,  # [Tq, Hq, D]
     k_ptr,  # [Tk, Hk, D]
     v_ptr,  # [Tk, Hk, D]
-    out_ptr,  # [Tq, Hq, D]
-    lse_ptr,  # [Hq, Tq]
+    out_ptr,  # [Tq, Hq, D], or parts [N, Hq, BLOCK_Q, D] of chunks
+    lse_ptr,  # [Hq, Tq], or [N, Hq, BLOCK_Q]
     cu_seqlens_q_ptr,  # [S + 1]
     cu_seqlens_k_ptr,  # [S + 1]
     # sizes and strides, in units of STRIDE_UNIT elements
@@ -221,20 +269,32 @@ def _attend_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One program attends from BLOCK_Q queries of one head to the keys of their segment."""
     tile, head = _tile_and_head(NUM_HEADS)
-    segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
+    if SPLIT == "chunks":
+        segment, chunk = _find_chunk(cu_seqlens_k_ptr, num_segments, search_steps, tile, CHUNK)
+        first_q = tl.zeros_like(chunk)
+    else:
+        segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
     begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
     begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
-    if first_q >= len_q:
+    idle = first_q >= len_q
+    if SPLIT == "others":
+        idle = idle | _is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    if SPLIT == "chunks":
+        idle = (chunk >= len_k) | ~_is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    if idle:
         return
 
-    stride_out_t = NUM_HEADS * HEAD_DIM
     q_ptr = _head_of(q_ptr, begin_q, stride_q_t, head, stride_q_h, STRIDE_UNIT)
     k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)
     v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head // GROUP, stride_v_h, STRIDE_UNIT)
-    out_ptr = _head_of(out_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
+    out_ptr, lse_ptr, stride_out_t = _result_of(
+        out_ptr, lse_ptr, begin_q, head, num_q_tokens, NUM_HEADS, HEAD_DIM, BLOCK_Q, SPLIT
+    )
 
     offs_q = first_q + tl.arange(0, BLOCK_Q)
     offs_k = tl.arange(0, BLOCK_K)
@@ -252,6 +312,8 @@ def _attend_fwd_kernel(
     bounds = _tile_bounds(
         first_q + shift, last_q + shift, len_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_K
     )
+    if SPLIT == "chunks":
+        bounds = _within(bounds, chunk, chunk + CHUNK)
     for part in tl.static_range(0 if HAS_LEFT else 1, 3):
         for first_k in range(bounds[part], bounds[part + 1], BLOCK_K):
             mask_k = offs_k < (BLOCK_K if part == 1 else len_k - first_k)
@@ -275,7 +337,7 @@ def _attend_fwd_kernel(
             top = new_top
 
     lse = (top + tl.log2(total)) / _LOG2_E
-    tl.store(lse_ptr + head * num_q_tokens + begin_q + offs_q, lse, mask=mask_q)
+    tl.store(lse_ptr + offs_q, lse, mask=mask_q)
     share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_ptrs = _rows_from(out_ptr, first_q, stride_out_t, 1, BLOCK_Q)
     _store(out_ptrs, (acc[0] * share, acc[1] * share), mask_q, HEAD_DIM, D0, D1)
@@ -298,7 +360,7 @@ def _attend_bwd_dq_kernel(
     lse_ptr,  # [Hq, Tq]
     delta_ptr,  # [Hq, Tq]
     norm_ptr,  # [Hq, Tq], or anything without COMPENSATED
-    grad_q_ptr,  # [Tq, Hq, D]
+    grad_q_ptr,  # [Tq, Hq, D], or parts [N, Hq, BLOCK_Q, D] of chunks
     cu_seqlens_q_ptr,  # [S + 1]
     cu_seqlens_k_ptr,  # [S + 1]
     # sizes and strides, in units of STRIDE_UNIT elements
@@ -330,13 +392,24 @@ def _attend_bwd_dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One program makes the gradient of BLOCK_Q queries of one head, and their ``delta``."""
     tile, head = _tile_and_head(NUM_HEADS)
-    segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
+    if SPLIT == "chunks":
+        segment, chunk = _find_chunk(cu_seqlens_k_ptr, num_segments, search_steps, tile, CHUNK)
+        first_q = tl.zeros_like(chunk)
+    else:
+        segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
     begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
     begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
-    if first_q >= len_q:
+    idle = first_q >= len_q
+    if SPLIT == "others":
+        idle = idle | _is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    if SPLIT == "chunks":
+        idle = (chunk >= len_k) | ~_is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    if idle:
         return
 
     stride_out_t = NUM_HEADS * HEAD_DIM
@@ -345,7 +418,9 @@ def _attend_bwd_dq_kernel(
     v_ptr = _head_of(v_ptr, begin_k, stride_v_t, head // GROUP, stride_v_h, STRIDE_UNIT)
     out_ptr = _head_of(out_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
     grad_out_ptr = _head_of(grad_out_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
-    grad_q_ptr = _head_of(grad_q_ptr, begin_q, stride_out_t, head, HEAD_DIM, 1)
+    grad_q_ptr, _, stride_grad_t = _result_of(
+        grad_q_ptr, lse_ptr, begin_q, head, num_q_tokens, NUM_HEADS, HEAD_DIM, BLOCK_Q, SPLIT
+    )
 
     offs_q = first_q + tl.arange(0, BLOCK_Q)
     offs_k = tl.arange(0, BLOCK_K)
@@ -379,6 +454,8 @@ def _attend_bwd_dq_kernel(
     bounds = _tile_bounds(
         first_q + shift, last_q + shift, len_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_K
     )
+    if SPLIT == "chunks":
+        bounds = _within(bounds, chunk, chunk + CHUNK)
     for part in tl.static_range(0 if HAS_LEFT else 1, 3):
         for first_k in range(bounds[part], bounds[part + 1], BLOCK_K):
             mask_k = offs_k < (BLOCK_K if part == 1 else len_k - first_k)
@@ -408,10 +485,76 @@ def _attend_bwd_dq_kernel(
         tl.store(norm_ptr + offs_row, norm, mask=mask_q)
         acc0 = (acc[0] - excess[:, None] * key_sum[0]) * norm[:, None]
         acc = acc0, (acc[1] - excess[:, None] * key_sum[1]) * norm[:, None]
-    tl.store(delta_ptr + offs_row, delta, mask=mask_q)
+    if SPLIT == "chunks":
+        mask_row = mask_q & (chunk == 0)  # every chunk has them
+    else:
+        mask_row = mask_q
+    tl.store(delta_ptr + offs_row, delta, mask=mask_row)
     acc = acc[0] * softmax_scale, acc[1] * softmax_scale
-    grad_q_ptrs = _rows_from(grad_q_ptr, first_q, stride_out_t, 1, BLOCK_Q)
+    grad_q_ptrs = _rows_from(grad_q_ptr, first_q, stride_grad_t, 1, BLOCK_Q)
     _store(grad_q_ptrs, acc, mask_q, HEAD_DIM, D0, D1)
+
+
+@triton.jit(
+    do_not_specialize=["num_segments", "search_steps", "num_q_tokens", "num_k_tokens"],
+)
+def _sum_chunks_kernel(
+    # tensors
+    parts_ptr,  # [N, Hq, BLOCK_Q, D]
+    part_lse_ptr,  # [N, Hq, BLOCK_Q], or anything without HAS_LSE
+    out_ptr,  # [Tq, Hq, D]
+    lse_ptr,  # [Hq, Tq], or anything without HAS_LSE
+    cu_seqlens_q_ptr,  # [S + 1]
+    cu_seqlens_k_ptr,  # [S + 1]
+    # sizes
+    num_segments,
+    search_steps,
+    num_q_tokens,
+    num_k_tokens,
+    # compile-time
+    HAS_LSE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Those programs that a segment's first chunk has sum the parts of all, weighted by ``lse``."""
+    number, head = _tile_and_head(NUM_HEADS)
+    segment, chunk = _find_chunk(cu_seqlens_k_ptr, num_segments, search_steps, number, CHUNK)
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
+    _, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
+    if (chunk > 0) | ~_is_split(len_q, len_k, BLOCK_Q, CHUNK):
+        return
+
+    offs_q = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask_q = offs_q < len_q
+    mask = mask_q[:, None] & (offs_d < HEAD_DIM)
+    # whatever cu_seqlens holds, these are parts
+    count = tl.minimum(tl.cdiv(len_k, CHUNK), tl.num_programs(0) // NUM_HEADS - number.to(tl.int32))
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_Q + offs_q
+    top = tl.full((ROWS,), -3.0e38, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    if HAS_LSE:
+        for i in range(count):
+            part_lse = tl.load(part_lse_ptr + rows + i * (NUM_HEADS * BLOCK_Q), mask=mask_q)
+            top = tl.maximum(top, part_lse)
+    for i in range(count):
+        row = rows + i * (NUM_HEADS * BLOCK_Q)
+        part = tl.load(parts_ptr + row[:, None] * HEAD_DIM + offs_d, mask=mask, other=0.0)
+        if HAS_LSE:
+            weight = tl.exp(tl.load(part_lse_ptr + row, mask=mask_q, other=0.0) - top)
+            total += weight
+            part *= weight[:, None]
+        acc += part
+    if HAS_LSE:
+        tl.store(lse_ptr + head * num_q_tokens + begin_q + offs_q, top + tl.log(total), mask=mask_q)
+        acc *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    out_ptrs = out_ptr + (begin_q.to(tl.int64) + offs_q) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
+    tl.store(out_ptrs[:, None] + offs_d, acc, mask=mask)
 
 
 @triton.jit(
@@ -795,6 +938,15 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[
     }
 
 
+def _num_chunks(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> int:
+    """Numbers of chunks that segments may have, or 0 if none can be split."""
+    same = cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()  # as many queries as keys
+    num_k_tokens = k.shape[0]
+    if same or q.dtype == torch.float32 or num_k_tokens <= _CHUNK:
+        return 0
+    return 2 * num_k_tokens // _CHUNK + 1
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -805,8 +957,9 @@ def attend(
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
-    num_q_tokens, num_heads, _ = q.shape
+    num_q_tokens, num_heads, head_dim = q.shape
     num_segments = cu_seqlens_q.shape[0] - 1
+    num_chunks = _num_chunks(q, k, cu_seqlens_q, cu_seqlens_k)
     q, k, v = (_addressable(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty((num_heads, num_q_tokens), dtype=torch.float32)
@@ -814,29 +967,66 @@ def attend(
         return out, lse
     strides, constants = _arguments(q, k, v, left, right)
     masked = constants["HAS_LEFT"] or constants["HAS_RIGHT"] or constants["GROUP"] > 1
-    kind = q.shape[2], masked, q.dtype, architecture()
-    tiles = _tiles("fwd", *kind)
+    tiles = _tiles("fwd", head_dim, masked, q.dtype, architecture())
     num_tiles = num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1
-    _attend_fwd_kernel[(num_tiles * num_heads,)](
-        q,
-        k,
-        v,
-        out,
-        lse,
+    segments = (
         cu_seqlens_q.contiguous(),
         cu_seqlens_k.contiguous(),
         num_segments,
         num_segments.bit_length(),
         num_q_tokens,
         k.shape[0],
-        *strides,
-        softmax_scale,
-        left,
-        right,
-        **constants,
-        **tiles,
     )
+
+    def launch(num_programs: int, out: Tensor, lse: Tensor, split: str) -> None:
+        _attend_fwd_kernel[(num_programs * num_heads,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *segments,
+            *strides,
+            softmax_scale,
+            left,
+            right,
+            SPLIT=split,
+            CHUNK=_CHUNK,
+            **constants,
+            **tiles,
+        )
+
+    launch(num_tiles, out, lse, "others" if num_chunks else "none")
+    if num_chunks:
+        shape = num_chunks, num_heads, tiles["BLOCK_Q"]
+        parts = q.new_empty((*shape, head_dim), dtype=torch.float32)
+        part_lse = q.new_empty(shape, dtype=torch.float32)
+        launch(num_chunks, parts, part_lse, "chunks")
+        _sum_chunks(parts, part_lse, out, lse, segments)
     return out, lse
+
+
+def _sum_chunks(
+    parts: Tensor, part_lse: Tensor | None, out: Tensor, lse: Tensor | None, segments: tuple
+) -> None:
+    num_chunks, num_heads, block_q, head_dim = parts.shape
+    rows = 16
+    _sum_chunks_kernel[(num_chunks * num_heads, block_q // rows)](
+        parts,
+        parts if part_lse is None else part_lse,
+        out,
+        out if lse is None else lse,
+        *segments,
+        HAS_LSE=part_lse is not None,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_Q=block_q,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        ROWS=rows,
+        CHUNK=_CHUNK,
+        num_warps=4,
+        **compiler_options(),
+    )
 
 
 def attend_bwd(
@@ -853,48 +1043,61 @@ def attend_bwd(
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_q_tokens, num_q_heads, _ = q.shape
+    num_q_tokens, num_q_heads, head_dim = q.shape
     num_k_tokens, num_k_heads, _ = k.shape
     num_segments = cu_seqlens_q.shape[0] - 1
+    num_chunks = _num_chunks(q, k, cu_seqlens_q, cu_seqlens_k)
     q, k, v = (_addressable(x) for x in (q, k, v))
     grad_out = grad_out.contiguous()
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     delta = torch.empty_like(lse)
     compensated = q.dtype == torch.float32
     norm = torch.empty_like(lse) if compensated else delta
     strides, constants = _arguments(q, k, v, left, right)
     masked = constants["HAS_LEFT"] or constants["HAS_RIGHT"] or constants["GROUP"] > 1
-    kind = q.shape[2], masked, q.dtype, architecture()
+    kind = head_dim, masked, q.dtype, architecture()
     scalars = (softmax_scale, left, right)
-    steps = num_segments.bit_length()
+    segments = (
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        num_segments,
+        num_segments.bit_length(),
+        num_q_tokens,
+        num_k_tokens,
+    )
     if num_q_tokens:
         tiles = _tiles("dq", *kind)
         num_tiles = num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1
-        _attend_bwd_dq_kernel[(num_tiles * num_q_heads,)](
-            grad_out,
-            lse if grad_lse is None else grad_lse.contiguous(),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            delta,
-            norm,
-            grad_q,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            num_segments,
-            steps,
-            num_q_tokens,
-            num_k_tokens,
-            *strides,
-            *scalars,
-            HAS_GRAD_LSE=grad_lse is not None,
-            COMPENSATED=compensated,
-            **constants,
-            **tiles,
-        )
+
+        def launch(num_programs: int, grad_q: Tensor, split: str) -> None:
+            _attend_bwd_dq_kernel[(num_programs * num_q_heads,)](
+                grad_out,
+                lse if grad_lse is None else grad_lse.contiguous(),
+                q,
+                k,
+                v,
+                out,
+                lse,
+                delta,
+                norm,
+                grad_q,
+                *segments,
+                *strides,
+                *scalars,
+                HAS_GRAD_LSE=grad_lse is not None,
+                COMPENSATED=compensated,
+                SPLIT=split,
+                CHUNK=_CHUNK,
+                **constants,
+                **tiles,
+            )
+
+        launch(num_tiles, grad_q, "others" if num_chunks else "none")
+        if num_chunks:
+            shape = num_chunks, num_q_heads, tiles["BLOCK_Q"], head_dim
+            parts = q.new_empty(shape, dtype=torch.float32)
+            launch(num_chunks, parts, "chunks")
+            _sum_chunks(parts, None, grad_q, None, segments)
     if num_k_tokens:
         tiles = _tiles("dkv", *kind)
         num_tiles = num_k_tokens // tiles["BLOCK_K"] + num_segments + 1
@@ -908,12 +1111,7 @@ def attend_bwd(
             norm,
             grad_k,
             grad_v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            num_segments,
-            steps,
-            num_q_tokens,
-            num_k_tokens,
+            *segments,
             *strides,
             *scalars,
             COMPENSATED=compensated,

@@ -39,8 +39,8 @@ def native(op: str, check: str = "accuracy") -> str:
     return f"tests/test_contract.py -k test_native[{op}-and-{check}"
 
 
-def traffic(op: str, case: str) -> str:
-    return f"tests/test_traffic.py -k ops_touch-and-{op}-and-{case}-and-float32"
+def traffic(op: str, case: str, dtype: str = "float32") -> str:
+    return f"tests/test_traffic.py -k ops_touch-and-{op}-and-{case}-and-{dtype}"
 
 
 FAULTS = [
@@ -649,6 +649,41 @@ FAULTS = [
         "tests/test_varlen_attention.py -k past_the_end",
     ),
     Fault(
+        "varlen_attention, split: a chunk goes on into the next",
+        "kernels/varlen_attention.py",
+        "_within(bounds, chunk, chunk + CHUNK)",
+        "_within(bounds, chunk, chunk + 2 * CHUNK)",
+        "tests/test_varlen_attention.py -k split_keys_are",
+    ),
+    Fault(
+        "varlen_attention, split: parts are summed without their weights",
+        "kernels/varlen_attention.py",
+        "part *= weight[:, None]",
+        "part *= 1.0",
+        "tests/test_varlen_attention.py -k split_keys_are",
+    ),
+    Fault(
+        "varlen_attention, split: fewer numbers than chunks",
+        "kernels/varlen_attention.py",
+        "num_segments, search_steps, number, CHUNK // 2, EACH=0",
+        "num_segments, search_steps, number, CHUNK * 2, EACH=0",
+        "tests/test_varlen_attention.py -k split_keys_are",
+    ),
+    Fault(
+        "varlen_attention, split: it depends on what is packed with it",
+        "kernels/varlen_attention.py",
+        "(len_q <= BLOCK_Q) & (len_k > CHUNK)",
+        "(len_q <= BLOCK_Q) & (len_k > 0)",
+        "tests/test_varlen_attention.py -k split",
+    ),
+    Fault(
+        "varlen_attention, split: parts past the last are read",
+        "kernels/varlen_attention.py",
+        "tl.minimum(tl.cdiv(len_k, CHUNK), tl.num_programs(0) // NUM_HEADS - number.to(tl.int32))",
+        "tl.cdiv(len_k, CHUNK) + 1",
+        "tests/test_varlen_attention.py -k split",
+    ),
+    Fault(
         "varlen_attention, rotated: partners with the wrong sign",
         "kernels/varlen_attention.py",
         "tl.where(channel < HEAD_DIM // 2, -y, y)",
@@ -1183,15 +1218,22 @@ FAULTS = [
     Fault(
         "traffic of varlen_attention: a row of scratch is not written where it is not read",
         "kernels/varlen_attention.py",
-        "tl.store(delta_ptr + offs_row, delta, mask=mask_q)",
+        "tl.store(delta_ptr + offs_row, delta, mask=mask_row)",
         "tl.store(delta_ptr + offs_row, delta, mask=sees)",
         traffic("varlen_attention", "fewer"),
     ),
     Fault(
+        "traffic of varlen_attention: every chunk writes what its queries share",
+        "kernels/varlen_attention.py",
+        "mask_row = mask_q & (chunk == 0)",
+        "mask_row = mask_q",
+        traffic("varlen_attention", "few", "bfloat16"),
+    ),
+    Fault(
         "traffic of varlen_attention: twice as many idle programs as needed",
         "kernels/varlen_attention.py",
-        'tiles["BLOCK_Q"] + num_segments + 1\n    _attend',
-        'tiles["BLOCK_Q"] + 2 * num_segments + 2\n    _attend',
+        'tiles["BLOCK_Q"] + num_segments + 1\n    segments',
+        'tiles["BLOCK_Q"] + 2 * num_segments + 2\n    segments',
         "tests/test_traffic.py -k idle_programs-and-Qwen2",
     ),
     Fault(

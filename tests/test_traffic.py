@@ -508,6 +508,11 @@ def test_less_may_be_compulsory_than_all_arguments():
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 SUBJECTS = [Subject(op, case, F32) for op, spec in SPECS.items() for case in spec.cases]
 SUBJECTS += [Subject(op, case, BF16) for op, spec in SPECS.items() for case in list(spec.cases)[:2]]
+# what has kernels of its own in half precision
+SUBJECTS += [
+    Subject("varlen_attention", case, BF16)
+    for case in ("few queries, many keys", "rotated, short segments", "rotated, head size 128")
+]
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda x: f"{x.op}-{x.case}-{x.dtype}")

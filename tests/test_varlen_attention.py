@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from patchpack import PackedGrid, reference, rope_2d, varlen_attention
 from patchpack.kernels import varlen_attention as kernels
-from patchpack.testing import compiled
+from patchpack.testing import compiled, traffic
 from patchpack.testing.compare import assert_as_accurate
 from patchpack.testing.contract import CHECKS, Subject, differentiate
 
@@ -462,6 +462,103 @@ def test_a_key_at_minus_infinity_is_not_seen(dtype, cpu_capability, impl):
         q, k[seen], v[seen], bounds(150), bounds(100), return_lse=True, impl="reference"
     )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+# ------------------------------------------------------------------- few queries of many keys
+
+SPLIT_Q, SPLIT_K = (3, 20, 0, 5, 70), (30, 300, 200, 129, 140)
+CHUNK = 128  # so that the second and the fourth segment are split
+
+
+def few_queries(head_dim, dtype):
+    """Heads of segments of which some are split."""
+    q, grad_out = (heads(sum(SPLIT_Q), 2, head_dim, dtype) for _ in range(2))
+    k, v = (heads(sum(SPLIT_K), 1, head_dim, dtype) for _ in range(2))
+    return grad_out, torch.randn(2, sum(SPLIT_Q)), q, k, v
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "options"),
+    [
+        (80, torch.bfloat16, {}),
+        (16, torch.float16, {"causal": True}),
+        (32, torch.bfloat16, {"window_size": (190, 40)}),
+    ],
+    ids=["all", "causal", "window"],
+)
+def test_split_keys_are_as_accurate_as_eager(head_dim, dtype, options, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK", CHUNK)
+    torch.manual_seed(0)
+    _, _, q, k, v = few_queries(head_dim, dtype)
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "return_lse": True,
+        **options,
+        "cu_seqlens_q": bounds(*SPLIT_Q),
+        "cu_seqlens_k": bounds(*SPLIT_K),
+    }
+
+    def eager(precision=None):
+        return differentiate(lambda x: reference.varlen_attention(**x), inputs, "qkv", precision)
+
+    want, oracle = eager(), eager(torch.float64)
+    actual = differentiate(lambda x: varlen_attention(**x, impl="triton"), inputs, "qkv")
+    for name in actual:
+        assert_as_accurate(name, actual[name], want[name], oracle[name])
+
+
+def test_a_split_segment_has_the_bits_it_has_alone(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK", CHUNK)
+    grad_out, grad_lse, q, k, v = few_queries(32, torch.bfloat16)
+    for x in (k, v):
+        x[330:530] = math.nan  # nobody's
+    cu_seqlens = bounds(*SPLIT_Q), bounds(*SPLIT_K)
+    packed = gradients("triton", grad_out, grad_lse, q, k, v, *cu_seqlens)
+    for queries, keys in ((slice(3, 23), slice(30, 330)), (slice(23, 28), slice(530, 659))):
+        lengths = bounds(queries.stop - queries.start), bounds(keys.stop - keys.start)
+        alone = q[queries].clone(), k[keys].clone(), v[keys].clone(), *lengths
+        out, lse, *grads = gradients("triton", grad_out[queries], grad_lse[:, queries], *alone)
+        assert torch.equal(out, packed[0][queries])
+        assert torch.equal(lse, packed[1][:, queries])
+        for x, y, rows in zip(grads, packed[2:], (queries, keys, keys), strict=True):
+            assert torch.equal(x, y[rows])
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "dtype", "split"),
+    [
+        ((3, 9), (1020, 10), torch.bfloat16, True),
+        ((3, 9), (1020, 10), torch.float32, False),
+        ((3, 9), (1014, 10), torch.bfloat16, False),
+        ((1020, 10), None, torch.bfloat16, False),
+    ],
+)
+def test_keys_are_split_where_they_may_be_many(lengths_q, lengths_k, dtype, split):
+    q = heads(sum(lengths_q), 1, 16, dtype).requires_grad_()
+    k = q if lengths_k is None else heads(sum(lengths_k), 1, 16, dtype)
+    cu_seqlens = [bounds(*lengths) for lengths in (lengths_q, lengths_k) if lengths is not None]
+    with compiled.session("sm_90") as launches:
+        varlen_attention(q, k, k, *cu_seqlens, impl="triton").sum().backward()
+    names = [launch.kernel.strip("_").removesuffix("_kernel") for launch in launches]
+    forward, backward = ["attend_fwd"], ["attend_bwd_dq"]
+    if split:
+        forward, backward = (2 * kernel + ["sum_chunks"] for kernel in (forward, backward))
+    assert names == [*forward, *backward, "attend_bwd_dkv"]
+
+
+@pytest.mark.parametrize("lengths", [*BAD_CU_SEQLENS, (0, 3, 900), (900, 0, 900)], ids=str)
+def test_bad_values_of_cu_seqlens_stay_within_split_tensors(lengths, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK", CHUNK)
+    cu_seqlens_q = torch.tensor([min(x, 5) for x in lengths], dtype=torch.int32)
+    cu_seqlens_k = torch.tensor(lengths, dtype=torch.int32) * 100
+    q, k = (heads(n, 1, 16, torch.bfloat16).requires_grad_() for n in (5, 700))
+    with traffic.session() as launches:
+        out = varlen_attention(q, k, k, cu_seqlens_q, cu_seqlens_k, impl="triton")
+        out.backward(torch.ones_like(out))
+    assert len(launches) == 7
+    assert [launch.out_of_bounds for launch in launches] == [0] * 7
 
 
 Q, CU = torch.zeros(6, 4, 16), bounds(2, 4)

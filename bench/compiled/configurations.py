@@ -86,6 +86,10 @@ _OPTIONS: dict[str, dict[str, tuple[str, Inputs]]] = {
         },
         **{f"head size {d}": ("scale", {**_FULL, "head_dim": d}) for d in OTHER_HEAD_DIMS},
         **{
+            f"head size {d}, few queries": ("few queries, many keys", {**_ROTARY, "head_dim": d})
+            for d in HEAD_DIMS
+        },
+        **{
             f"head size {d}, rotated": ("rotated, short segments", {"head_dim": d})
             for d in (64, 80, 128)
         },

@@ -311,6 +311,13 @@ _VARLEN_ATTENTION = Spec(
             "return_lse": True,
             "head_dim": 48,
         },
+        "few queries, many keys": {
+            "sizes": [(1, 1, 3), (1, 1, 1)],
+            "keys": 345,
+            "heads": (1, 1),
+            "return_lse": True,
+            "head_dim": 16,
+        },
         "rows past the end": {"sizes": [(1, 7, 9), (1, 2, 2)], "padding": 70, "return_lse": True},
         "tile bounds": {"sizes": [(1, 1, n) for n in (1, 2, 17, 127, 128, 129)], "head_dim": 16},
         "empty segments": {"sizes": [(2, 0, 1), (1, 4, 4), (1, 0, 1), (1, 1, 3), (1, 0, 1)]},
