@@ -224,7 +224,23 @@ class Tiles(TypedDict):
     rows: list[dict[str, Any]]
 
 
-FORMS = {"scaling": Scaling, "packing": Packing, "compiled": Compiled, "attention-tiles": Tiles}
+class Descriptors(TypedDict):
+    """Attention with tensor descriptors, beside what is shipped."""
+
+    commit: str
+    date: str
+    triton: str
+    torch: str
+    rows: list[dict[str, Any]]
+
+
+FORMS = {
+    "scaling": Scaling,
+    "packing": Packing,
+    "compiled": Compiled,
+    "attention-tiles": Tiles,
+    "attention-descriptors": Descriptors,
+}
 
 
 def read(path: Path) -> Any:

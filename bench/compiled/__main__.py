@@ -75,15 +75,24 @@ def main() -> None:
         for result in track(done, "compiling", total=len(tasks)):
             for kind, rows in result.items():
                 found[kind] += rows
-    versions = {"commit": machine("cpu")["commit"], "date": datetime.date.today().isoformat()}
-    versions |= {"triton": triton.__version__, "torch": torch.__version__}
-    report.write(args.out, versions, found, ops, targets, parts)
+    report.write(args.out, versions(), found, ops, targets, parts)
     console = Console()
     failed = [row for row in found["rows"] if row["provider"] == "patchpack" and not fine(row)]
     for row in failed:
         console.print("spilled or failed:", row, highlight=False, markup=False)
     console.print(f"wrote {args.out / 'compiled.json'} and compiled.md", highlight=False)
     sys.exit(bool(failed))
+
+
+def versions() -> dict[str, Any]:
+    """Of what is compiled, and with what."""
+    commit, date = machine("cpu")["commit"], datetime.date.today().isoformat()
+    return {
+        "commit": commit,
+        "date": date,
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def fine(row: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Attention's forward pass with tensor descriptors and warp specialisation, beside what is shipped.
 
-    PYTHONPATH=bench python -m compiled.descriptors sm_90 sm_100 --out rows.json
+    PYTHONPATH=bench python -m compiled.descriptors sm_90 sm_100
 
 The variant is the shipped kernel, rewritten: keys and values come through descriptors (TMA) of the
 segment and head, which fill with zeros what lies past the segment, and Triton may be asked to give
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import _results
 from compiled import tiles
+from compiled.__main__ import RESULTS, versions
 from patchpack.kernels import varlen_attention as kernels
 
 TARGETS = ("sm_90", "sm_100")  # which have them
@@ -69,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("compiled.descriptors", description=description)
     parser.add_argument("targets", choices=TARGETS, nargs="+")
     parser.add_argument("--time", action="store_true", help="time them on the GPU here")
-    parser.add_argument("--out", type=Path, help="a file for all rows")
+    parser.add_argument("--out", type=Path, default=RESULTS / "attention-descriptors.json")
     args = parser.parse_args()
     device = "cuda" if args.time else "cpu"
 
@@ -90,8 +91,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in names))
     Console(width=150).print(table)
-    if args.out:
-        args.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    _results.write(args.out, {**versions(), "rows": rows})
 
 
 def configurations(targets: list[str]) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
