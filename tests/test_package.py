@@ -187,6 +187,13 @@ def test_all_is_sorted_and_true():
     assert all(hasattr(patchpack, name) for name in patchpack.__all__)
 
 
+def test_available_knows_what_is_public():
+    with pytest.raises(ValueError, match="op must be one of ") as error:
+        patchpack.available("nothing", "triton")
+    known = str(error.value).removeprefix("op must be one of ").partition(", got")[0].split(", ")
+    assert set(known) == {name for name in patchpack.__all__ if name.rstrip("_") in SPECS}
+
+
 # kinds of wheels, in the order in which they are built in one tree
 WHEELS = {
     "native": {"PATCHPACK_NATIVE": "1", "CXXFLAGS": "-O0"},  # faster to compile

@@ -176,7 +176,8 @@ def define(
 
     Args:
         schema: The operator in PyTorch's schema language. One that returns nothing writes in
-            place: its caller tells autograd.
+            place: its caller tells autograd. One that begins with ``_`` is a part of an op, which
+            ``available`` does not know.
         launcher: ``module:function`` under ``patchpack.kernels``, imported at the first call, with
             the schema's arguments; the first one is a tensor, or a list of some. ``None`` for a
             fusion of other ops that only an extension has: no op by itself, ``available`` does not
@@ -210,7 +211,7 @@ def define(
     _register(schema, "triton", fake, setup_context, backward)
     _LIBRARY.impl(name, launch_cuda, "CUDA")
     _LIBRARY.impl(name, launch_cpu, "CPU")
-    if not name.endswith("_backward"):
+    if not name.startswith("_") and not name.endswith("_backward"):
         _UNAVAILABLE[name] = {impl: _reason(name, impl) for impl in IMPLS}
 
 

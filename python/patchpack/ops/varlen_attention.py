@@ -132,7 +132,7 @@ def varlen_attention(
         short = isinstance(max_seqlen_q, int) and max_seqlen_q <= _ROTATED_TOKENS
         plain = not (causal or rope_interleaved) and left == right == -1
         if impl == "triton" and short and plain and q.dtype != torch.float32:
-            out, lse = _dispatch.operator("varlen_attention_rotated", impl)(
+            out, lse = _dispatch.operator("_varlen_attention_rotated", impl)(
                 q, k, v, cu_seqlens_q, rope.geometry, rope.spatial_merge_size, float(rope_base),
                 rope_axes, scale,
             )  # fmt: skip
@@ -244,7 +244,7 @@ def _backward_rotated(ctx, grad_out, grad_lse):
 
 
 _dispatch.define(
-    "varlen_attention_rotated(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor geometry,"
+    "_varlen_attention_rotated(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor geometry,"
     " int spatial_merge_size, float base, str axes, float softmax_scale)"
     " -> (Tensor, Tensor)",
     "varlen_attention:attend_rotated",
