@@ -215,10 +215,10 @@ def _assemble_bwd_kernel(
         tl.store(grad_tokens_ptrs + offs_c, acc, mask=mask_t[:, None] & mask_c)
 
 
-def _tile(num_channels: int) -> tuple[int, int]:
-    """Tokens and channels of a tile: 4096 elements, at most one token a thread."""
-    block_c = min(triton.next_power_of_2(num_channels), 256)
-    return min(4096 // block_c, 128), block_c
+def _tile(x: Tensor) -> tuple[int, int]:
+    """Tokens and channels of a tile: 8 KiB, at most one token a thread."""
+    block_c = min(triton.next_power_of_2(x.shape[-1]), 256)
+    return min(8192 // x.element_size() // block_c, 128), block_c
 
 
 def assemble(
@@ -233,7 +233,7 @@ def assemble(
     tokens = last_contiguous(tokens)
     given = tokens[0] if vectors is None else last_contiguous(vectors)
     unit = stride_unit(tokens, given)
-    block_t, block_c = _tile(num_channels)
+    block_t, block_c = _tile(tokens)
     _assemble_kernel[(triton.cdiv(num_tokens, block_t),)](
         tokens,
         given,
@@ -273,7 +273,7 @@ def assemble_bwd(
     if grad_tokens.numel() > 0:
         num_tokens, num_maps = num_tiles * tile_size, maps.shape[0] - 1
         unit = stride_unit(grad)
-        block_t, block_c = _tile(num_channels)
+        block_t, block_c = _tile(grad)
         _assemble_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
             grad,
             table,
