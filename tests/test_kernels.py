@@ -17,8 +17,8 @@ BUDGETS = {
     "_add_bwd_kernel": (200, 3800),
     "_add_kernel": (256, 2800),
     "_add_pieces_kernel": (64, 400),
-    "_assemble_bwd_kernel": (144, 2200),
-    "_assemble_kernel": (192, 2700),
+    "_assemble_bwd_kernel": (152, 1400),
+    "_assemble_kernel": (208, 2100),
     "_attend_bwd_dkv_kernel": (256, 7300),
     "_attend_bwd_dq_kernel": (256, 10300),
     "_attend_bwd_kernel": (256, 3400),
@@ -38,6 +38,7 @@ BUDGETS = {
     "_rotate_multimodal_kernel": (160, 1400),
     "_scatter_bwd_kernel": (112, 1300),
     "_scatter_kernel": (104, 1100),
+    "_sum_chunks_kernel": (128, 900),
     "_sum_kernel": (120, 700),
     "_sum_pieces_kernel": (144, 1200),
 }
@@ -89,6 +90,13 @@ def test_no_kernel_spills_registers(subjects, target):
         if x.registers > BUDGETS[x.kernel][0] or x.instructions > BUDGETS[x.kernel][1]
     ]
     assert not over, compiled.report(over)
+
+
+@pytest.mark.parametrize("channels", [1152, 3584])
+def test_wide_tokens_of_float32_with_vectors_fit_registers(channels):
+    subject = Subject("assemble", "LLaVA-OneVision", torch.float32)
+    launches = compile_case(subject, "sm_90", channels=channels)
+    assert not any(launch.spills or launch.stack for launch in launches)
 
 
 @pytest.mark.parametrize(("target", "kind"), TENSOR_CORES.items())
