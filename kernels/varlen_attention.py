@@ -6,11 +6,12 @@ what it is packed with. Tiles are numbered so that those of segment ``s`` begin 
 launch needs the numbers of tokens and segments only. The rows past the last segment are one more
 segment, whose queries have no keys and whose keys have no queries.
 
-A segment of few queries, at most a tile, and more than ``_CHUNK`` keys would keep one program a
-head busy for long. In half precision its keys are split into chunks, counted from its own first
-key: what each gives is a float32 part, and parts are summed in order. Whether a segment is split
-depends on its own lengths alone. Its chunks are numbered from ``2 * cu_seqlens_k[s] // _CHUNK`` on:
-it has less than twice as many numbers as chunks, and no two such segments overlap.
+A segment of at most one tile of queries would keep one program a head busy with all of its keys.
+In half precision more than ``_CHUNK`` keys are split into chunks of so many, counted from the
+segment's own first; each chunk gives a part in float32, and parts are summed in order. Whether and
+where a segment is split depends on its own lengths alone. Its chunks are numbered from
+``2 * cu_seqlens_k[s] // _CHUNK`` on: a split segment has at least as many numbers as chunks, so no
+two overlap.
 
 A head is held as a pair of tiles, channels ``[0, D0)`` and ``[D0, D0 + D1)``, because tiles have
 powers of two: no product is spent on the padding of 80 to 128. With ``D1 == 0`` the second tile
