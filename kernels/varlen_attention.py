@@ -11,7 +11,8 @@ In half precision more than ``_CHUNK`` keys are split into chunks of so many, co
 segment's own first; each chunk gives a part in float32, and parts are summed in order. Whether and
 where a segment is split depends on its own lengths alone. Its chunks are numbered from
 ``2 * cu_seqlens_k[s] // _CHUNK`` on: a split segment has at least as many numbers as chunks, so no
-two overlap.
+two overlap. SPLIT says what a launch is for: all segments where "none" can be split, else chunks or
+the "others".
 
 A head is held as a pair of tiles, channels ``[0, D0)`` and ``[D0, D0 + D1)``, because tiles have
 powers of two: no product is spent on the padding of 80 to 128. With ``D1 == 0`` the second tile
