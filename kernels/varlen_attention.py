@@ -834,7 +834,7 @@ def _pieces(head_dim: int) -> tuple[int, int]:
 # spill no registers, whatever the mask, ranked by bench/compiled/model.py for segments of 64 to
 # 4096 rows. They do not depend on lengths, on which the bits of a segment would then depend.
 # "masked" says what differs with masks, or keys that heads share
-_TILES = {  # sm_80, sm_86, sm_89, sm_120: at most 99 KiB of shared memory
+_TILES = {  # sm_80, and what is not named below: at most 99 KiB of shared memory
     "fwd": {
         64: (64, 32, 4, 3),
         72: (128, 32, 8, 2),
@@ -857,6 +857,18 @@ _TILES = {  # sm_80, sm_86, sm_89, sm_120: at most 99 KiB of shared memory
         96: (16, 64, 4, 1),
         128: (16, 64, 4, 2),
     },
+}
+_TILES_SM_86 = {  # sm_89 and sm_120 too: what spills on them with the above
+    "fwd": {**_TILES["fwd"], 128: (64, 32, 4, 2)},
+    "dq": {**_TILES["dq"], 120: (128, 32, 8, 1), 128: (128, 32, 8, 2)},
+    "dkv": {
+        48: (32, 64, 4, 2),
+        56: (16, 64, 4, 3),
+        **_TILES["dkv"],
+        120: (16, 64, 4, 1),
+    },
+    "fwd, masked": _TILES["fwd, masked"],
+    "dkv, masked": {80: (16, 128, 8, 1)},
 }
 _TILES_SM_90 = {  # by times on an H200, over segments of 64, 620 and 4096: none is best for all
     "fwd": {64: (64, 64, 4, 3), 80: (128, 64, 4, 3), 128: (64, 64, 4, 3)},
@@ -881,17 +893,27 @@ _TILES_AMD = {  # at most 64 KiB of shared memory
     "dq": {64: (128, 32, 4, 2), 96: (128, 32, 4, 1), 128: (128, 32, 8, 2)},
     "dkv": {64: (16, 64, 4, 1), 80: (16, 128, 8, 2), 128: (16, 64, 4, 1)},
 }
+_TILES_GFX950 = {**_TILES_AMD, "dq, masked": {128: (128, 32, 8, 1)}}
 _TILES_FLOAT32 = {
     "fwd": {128: (32, 32, 8, 1)},
     "dq": {128: (32, 16, 8, 1)},  # one shape for both, so that their products have the same bits
     "dkv": {128: (32, 16, 8, 1)},
 }
+_TILES_AMD_FLOAT32 = {
+    "fwd": {128: (32, 32, 8, 1)},
+    "dq": {128: (32, 16, 4, 1)},
+    "dkv": {128: (32, 16, 4, 1)},
+}
+_TILES_FLOAT32_OF = {"gfx942": _TILES_AMD_FLOAT32, "gfx950": _TILES_AMD_FLOAT32}
 _TILES_OF = {
+    86: _TILES_SM_86,
+    89: _TILES_SM_86,
+    120: _TILES_SM_86,
     90: _TILES_SM_90,
     100: _TILES_SM_100,
     103: _TILES_SM_100,
     "gfx942": _TILES_AMD,
-    "gfx950": _TILES_AMD,
+    "gfx950": _TILES_GFX950,
 }
 
 
@@ -908,7 +930,9 @@ def _tiles(
     ``masked`` says that keys are masked or shared by heads, which takes registers.
     """
     float32 = dtype == torch.float32
-    passes = _TILES_FLOAT32 if float32 else _TILES_OF.get(architecture, _TILES)
+    passes = _TILES_OF.get(architecture, _TILES)
+    if float32:
+        passes = _TILES_FLOAT32_OF.get(architecture, _TILES_FLOAT32)
     pieces = _pieces(head_dim)
     if pieces == (128, 0) and (float32 or (pass_name != "fwd" and passes is not _TILES_SM_100)):
         pieces = 64, 64  # what registers hold of a head at once is half as much
