@@ -99,6 +99,21 @@ def test_wide_tokens_of_float32_with_vectors_fit_registers(channels):
     assert not any(launch.spills or launch.stack for launch in launches)
 
 
+SPILLED = {  # with tiles of other targets
+    "sm_120": ("scale", torch.bfloat16, {"head_dim": 104}),
+    "sm_86": ("window", torch.bfloat16, {"head_dim": 80, "heads": (4, 1)}),
+    "gfx942": ("scale", torch.float32, {"head_dim": 128}),
+    "gfx950": ("window", torch.bfloat16, {"head_dim": 128}),
+}
+
+
+@pytest.mark.parametrize("target", SPILLED)
+def test_tiles_of_attention_are_those_of_the_target(target):
+    case, dtype, changes = SPILLED[target]
+    launches = compile_case(Subject("varlen_attention", case, dtype), target, **changes)
+    assert not any(launch.spills or launch.stack for launch in launches)
+
+
 @pytest.mark.parametrize(("target", "kind"), TENSOR_CORES.items())
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_attention_uses_the_tensor_cores_of_the_target_and_wide_accesses(target, kind, head_dim):
