@@ -357,6 +357,34 @@ assert all(s["op"] != "rope" for s in after["skipped"])
     )
 
 
+def test_a_part_of_the_compiled_rows_is_made_anew(tmp_path):
+    _python(
+        "-c",
+        f"""
+import json, pathlib
+from compiled import report
+
+folder = pathlib.Path({str(tmp_path)!r})
+stored = json.loads(pathlib.Path("bench/results/compiled.json").read_text())
+versions = {{name: stored[name] for name in ("commit", "date", "triton", "torch")}}
+row = next(row for row in stored["rows"] if row["op"] == "mrope" and "case" not in row)
+asked = [(op, target, dtype) for op in ("mrope", "rope") for target in ("sm_80", "sm_90")
+         for dtype in ("bfloat16", "float16")]
+rows = [dict(row, op=op, target=target, inputs=dtype, registers=1) for op, target, dtype in asked]
+everything = ["mrope", "rope"], ["sm_80", "sm_90"], ["bfloat16", "float16"], ["kernels"]
+report.write(folder, versions, {{"rows": rows, "traffic": [], "missing": []}}, *everything)
+new = {{"rows": [dict(rows[1], registers=2)], "traffic": [], "missing": []}}
+report.write(folder, dict(versions, commit="b"), new, ["mrope"], ["sm_80"], ["float16"], ["kernels"])
+found = json.loads((folder / "compiled.json").read_text())
+assert {{(r["op"], r["target"], r["inputs"]) for r in found["rows"]}} == set(asked)
+assert [asked[1]] == [
+    (r["op"], r["target"], r["inputs"]) for r in found["rows"] if r["registers"] == 2
+]
+assert found["commits"] == {{"mrope": "b", "rope": stored["commit"]}}
+""",
+    )
+
+
 # a library of the right shape: q and k become zeros, and gradients ones
 LIGER = """
 import torch, triton

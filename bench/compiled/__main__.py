@@ -75,7 +75,7 @@ def main() -> None:
         for result in track(done, "compiling", total=len(tasks)):
             for kind, rows in result.items():
                 found[kind] += rows
-    report.write(args.out, versions(), found, ops, targets, parts)
+    report.write(args.out, versions(), found, ops, targets, dtypes, parts)
     console = Console()
     failed = [row for row in found["rows"] if row["provider"] == "patchpack" and not fine(row)]
     for row in failed:

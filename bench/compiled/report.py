@@ -24,6 +24,7 @@ def write(
     found: dict[str, list[Row]],
     ops: Sequence[str],
     targets: Sequence[str],
+    dtypes: Sequence[str],
     parts: Sequence[str],
 ) -> None:
     """Write ``compiled.json`` and ``compiled.md``, with what they have of the rest."""
@@ -38,6 +39,7 @@ def write(
             for row in stored.get(kind, [])
             if row["op"] not in ops
             or row.get("target", "any") not in (*targets, "any")
+            or row.get("inputs", dtypes[0]) not in dtypes
             or _part(kind, row) not in parts
         ]
         results[kind] = sorted(kept + rows, key=lambda row: [str(row.get(x, "")) for x in order])

@@ -31,11 +31,16 @@ def of_op(op: str, target: str, dtype: str) -> dict[str, Rows]:
         except Exception as error:  # whatever it is, it is the finding
             named = {"provider": "patchpack", "op": op, "target": target, "dtype": dtype}
             reason = f"{type(error).__name__}: {error}"
-            rows[configuration.name] = {**named, "name": configuration.name, "error": reason}
+            rows[configuration.name] = {
+                **named,
+                "inputs": dtype,
+                "name": configuration.name,
+                "error": reason,
+            }
             continue
         for launch in launches:
             new = code_row("patchpack", op, configuration.name, launch)
-            row = rows.setdefault(launch.key, {**new, "configurations": []})
+            row = rows.setdefault(launch.key, {**new, "inputs": dtype, "configurations": []})
             if configuration.name not in row["configurations"]:
                 row["configurations"].append(configuration.name)
     return {"rows": list(rows.values())}
