@@ -365,7 +365,7 @@ import json, pathlib
 from compiled import report
 
 folder = pathlib.Path({str(tmp_path)!r})
-stored = json.loads(pathlib.Path("bench/results/compiled.json").read_text())
+stored = json.loads(pathlib.Path("results/compiled.json").read_text())
 versions = {{name: stored[name] for name in ("commit", "date", "triton", "torch")}}
 row = next(row for row in stored["rows"] if row["op"] == "mrope" and "case" not in row)
 asked = [(op, target, dtype) for op in ("mrope", "rope") for target in ("sm_80", "sm_90")
@@ -374,7 +374,8 @@ rows = [dict(row, op=op, target=target, inputs=dtype, registers=1) for op, targe
 everything = ["mrope", "rope"], ["sm_80", "sm_90"], ["bfloat16", "float16"], ["kernels"]
 report.write(folder, versions, {{"rows": rows, "traffic": [], "missing": []}}, *everything)
 new = {{"rows": [dict(rows[1], registers=2)], "traffic": [], "missing": []}}
-report.write(folder, dict(versions, commit="b"), new, ["mrope"], ["sm_80"], ["float16"], ["kernels"])
+part = ["mrope"], ["sm_80"], ["float16"], ["kernels"]
+report.write(folder, dict(versions, commit="b"), new, *part)
 found = json.loads((folder / "compiled.json").read_text())
 assert {{(r["op"], r["target"], r["inputs"]) for r in found["rows"]}} == set(asked)
 assert [asked[1]] == [
