@@ -157,6 +157,7 @@ class CodeRow(TypedDict):
     target: str
     dtype: str
     error: NotRequired[str]
+    inputs: NotRequired[str]  # dtype that was asked for
     configurations: NotRequired[list[str]]
     case: NotRequired[str]
     direction: NotRequired[Literal["forward", "backward"]]
