@@ -524,9 +524,7 @@ def test_ops_touch_what_is_theirs_alone(subject):
     assert launches
     found = [faults(launch) for launch in launches]
     for fault, reader in zip(found, launches[1:], strict=False):
-        if (
-            reader.kernel == "_sum_chunks_kernel"
-        ):  # not every part has as many rows as there is room
+        if reader.kernel == "_sum_chunks_kernel":  # parts of few queries do not fill their room
             fault.pop("unwritten", None)
     assert not any(found), traffic.report(launches)
 

@@ -82,8 +82,9 @@ def varlen_attention(
     tile of queries would rotate all keys of its segment anew, which costs more instructions than
     all the rest. The backward pass rotates again.
 
-    In half precision Triton splits the keys of a segment that has at most one tile of queries (64 or
-    128) and more than 1024 keys: programs attend to 1024 keys each, and one sums up in order.
+    In half precision Triton splits the keys of a segment that has at most one tile of queries (64
+    or 128) and more than 1024 keys: programs attend to 1024 keys each, and others sum what they
+    give, in order.
 
     Products of float32 are as accurate as float32. Source: FlashAttention-2, arXiv 2307.08691; the
     meaning of ``causal`` and ``window_size`` is flash-attn's.
