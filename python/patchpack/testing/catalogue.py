@@ -233,10 +233,12 @@ _MROPE = Spec(
 
 
 def _attention_images(
-    sizes, dtype, device, seed, heads=(2, 2), head_dim=64, keys=None, padding=0, merge=None,
-    **options,
+    sizes, dtype, device, seed, heads=(2, 2), head_dim=64, keys=None, more_keys=0, padding=0,
+    merge=None, **options,
 ) -> list[Inputs]:  # fmt: skip
-    """``keys`` is the ratio of keys to queries; the last image gets ``padding`` rows of NaN.
+    """``keys`` is the ratio of keys to queries, and each segment has ``more_keys`` besides.
+
+    The last image gets ``padding`` rows of NaN.
 
     With ``merge``, the tokens are those of a grid.
     """
@@ -245,7 +247,10 @@ def _attention_images(
     images = []
     for t, h, w in sizes:
         queries = torch.tensor([0, *[h * w] * t], dtype=torch.int32)
-        seen = queries if keys is None else (queries * keys).int()
+        seen = queries
+        if keys is not None:
+            seen = (queries * keys).int()
+            seen[1:] += more_keys
         shapes = {
             "q": (int(queries.sum()), num_q_heads, head_dim),
             "k": (int(seen.sum()), num_k_heads, head_dim),
@@ -313,7 +318,8 @@ _VARLEN_ATTENTION = Spec(
         },
         "few queries, many keys": {
             "sizes": [(1, 1, 3), (1, 1, 1)],
-            "keys": 345,
+            "keys": 1,
+            "more_keys": 1023,
             "heads": (1, 1),
             "return_lse": True,
             "head_dim": 16,
