@@ -692,11 +692,10 @@ def test_rotated_is_rope_2d_and_attention(head_dim, num_heads, merge, options, m
         same(got.grad, want.grad)
 
 
-@pytest.mark.parametrize("max_seqlen", [None, 64])
-def test_rotated_is_traced(max_seqlen):
-    for check in ("compiled", "opcheck", "meta and fake"):
-        case = "rotated" if max_seqlen is None else "rotated, short segments"
-        CHECKS[check](Subject("varlen_attention", case, torch.bfloat16))
+def test_rotated_is_traced():
+    CHECKS["meta and fake"](Subject("varlen_attention", "rotated", torch.bfloat16))
+    for check in ("compiled", "opcheck", "meta and fake"):  # of an operator of its own
+        CHECKS[check](Subject("varlen_attention", "rotated, short segments", torch.bfloat16))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
