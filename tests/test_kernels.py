@@ -20,7 +20,7 @@ BUDGETS = {
     "_assemble_bwd_kernel": (152, 1400),
     "_assemble_kernel": (208, 2100),
     "_attend_bwd_dkv_kernel": (256, 7300),
-    "_attend_bwd_dq_kernel": (256, 10300),
+    "_attend_bwd_dq_kernel": (288, 10300),
     "_attend_bwd_kernel": (256, 3400),
     "_attend_fwd_kernel": (256, 10200),
     "_attend_kernel": (216, 4000),
