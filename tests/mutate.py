@@ -207,9 +207,9 @@ FAULTS = [
     ),
     Fault(
         "rope_2d: token offsets in 32 bits",
-        "kernels/rope_2d.py",
-        "tl.program_id(0).to(tl.int64) * BLOCK_T",
-        "tl.program_id(0) * BLOCK_T",
+        "kernels/_rotary.py",
+        "(offs_t * stride_x_t + offs_h.to(tl.int64) * stride_x_h) * STRIDE_UNIT",
+        "((offs_t * stride_x_t).to(tl.int32) + offs_h * stride_x_h) * STRIDE_UNIT",
         contract("rope_2d", "int64"),
     ),
     Fault(
