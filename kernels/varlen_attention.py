@@ -67,6 +67,7 @@ def _find_chunk(cu_seqlens_ptr, num_segments, search_steps, number, CHUNK: tl.co
 
 @triton.jit
 def _is_split(len_q, len_k, BLOCK_Q: tl.constexpr, CHUNK: tl.constexpr):
+    """Whether a segment's keys are split, which its own lengths decide."""
     return (len_q > 0) & (len_q <= BLOCK_Q) & (len_k > CHUNK)
 
 
@@ -966,8 +967,9 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> tuple[
 
 def _num_chunks(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> int:
     """Numbers of chunks that segments may have, or 0 if none can be split."""
-    same = cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()  # as many queries as keys
     num_k_tokens = k.shape[0]
+    same = cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()  # as many queries as keys
+    same = same and cu_seqlens_q.stride() == cu_seqlens_k.stride()
     if same or q.dtype == torch.float32 or num_k_tokens <= _CHUNK:
         return 0
     return 2 * num_k_tokens // _CHUNK + 1
