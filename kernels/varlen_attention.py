@@ -19,13 +19,12 @@ powers of two: no product is spent on the padding of 80 to 128. With ``D1 == 0``
 stands for nothing, and the compiler removes it.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchpack.kernels._attention_tiles import attention_tiles, head_pieces
 from patchpack.kernels._rotary import cos_sin, load_frequencies
 from patchpack.kernels._tiles import (
     architecture,
@@ -91,6 +90,28 @@ def _rows_of(cu_seqlens_ptr, segment, num_segments, num_tokens, PADDING: tl.cons
         other=num_tokens if PADDING else 0,
     )
     return begin, tl.maximum(tl.minimum(end, num_tokens) - begin, 0)
+
+
+@triton.jit
+def _find_queries(
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_segments, search_steps, num_q_tokens, num_k_tokens,
+    tile, BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Whether a program is idle, its first query and key, and the rows of queries and of keys."""
+    if SPLIT == "chunks":
+        segment, first_k = _find_chunk(cu_seqlens_k_ptr, num_segments, search_steps, tile, CHUNK)
+        first_q = tl.zeros_like(first_k)
+    else:
+        segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
+        first_k = tl.zeros_like(first_q)
+    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
+    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
+    idle = first_q >= len_q
+    if SPLIT == "others":
+        idle = idle | _is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    if SPLIT == "chunks":
+        idle = (first_k >= len_k) | ~_is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    return idle, first_q, first_k, begin_q, len_q, begin_k, len_k
 
 
 @triton.jit
@@ -277,18 +298,10 @@ def _attend_fwd_kernel(
 ):
     """One program attends from BLOCK_Q queries of one head to the keys of their segment."""
     tile, head = _tile_and_head(NUM_HEADS)
-    if SPLIT == "chunks":
-        segment, chunk = _find_chunk(cu_seqlens_k_ptr, num_segments, search_steps, tile, CHUNK)
-        first_q = tl.zeros_like(chunk)
-    else:
-        segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
-    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
-    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
-    idle = first_q >= len_q
-    if SPLIT == "others":
-        idle = idle | _is_split(len_q, len_k, BLOCK_Q, CHUNK)
-    if SPLIT == "chunks":
-        idle = (chunk >= len_k) | ~_is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    idle, first_q, chunk, begin_q, len_q, begin_k, len_k = _find_queries(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_segments, search_steps, num_q_tokens, num_k_tokens,
+        tile, BLOCK_Q, SPLIT, CHUNK,
+    )  # fmt: skip
     if idle:
         return
 
@@ -400,18 +413,10 @@ def _attend_bwd_dq_kernel(
 ):
     """One program makes the gradient of BLOCK_Q queries of one head, and their ``delta``."""
     tile, head = _tile_and_head(NUM_HEADS)
-    if SPLIT == "chunks":
-        segment, chunk = _find_chunk(cu_seqlens_k_ptr, num_segments, search_steps, tile, CHUNK)
-        first_q = tl.zeros_like(chunk)
-    else:
-        segment, first_q = _find_tile(cu_seqlens_q_ptr, num_segments, search_steps, tile, BLOCK_Q)
-    begin_q, len_q = _rows_of(cu_seqlens_q_ptr, segment, num_segments, num_q_tokens, True)
-    begin_k, len_k = _rows_of(cu_seqlens_k_ptr, segment, num_segments, num_k_tokens, False)
-    idle = first_q >= len_q
-    if SPLIT == "others":
-        idle = idle | _is_split(len_q, len_k, BLOCK_Q, CHUNK)
-    if SPLIT == "chunks":
-        idle = (chunk >= len_k) | ~_is_split(len_q, len_k, BLOCK_Q, CHUNK)
+    idle, first_q, chunk, begin_q, len_q, begin_k, len_k = _find_queries(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_segments, search_steps, num_q_tokens, num_k_tokens,
+        tile, BLOCK_Q, SPLIT, CHUNK,
+    )  # fmt: skip
     if idle:
         return
 
@@ -823,128 +828,6 @@ def _attend_rotated_kernel(
         _store(out_ptrs, (acc[0] * share, acc[1] * share), mask, HEAD_DIM, D0, D1)
 
 
-def _pieces(head_dim: int) -> tuple[int, int]:
-    """Two powers of two, or one and 0, that hold a head of the next multiple of 16 channels."""
-    width = triton.cdiv(head_dim, 16) * 16
-    first = 1 << (width.bit_length() - 1)
-    rest = width - first
-    return (first, rest) if rest & (rest - 1) == 0 else (2 * first, 0)
-
-
-# BLOCK_Q, BLOCK_K, warps and stages of each pass, by the largest head size they are for: tiles that
-# spill no registers, whatever the mask, ranked by bench/compiled/model.py for segments of 64 to
-# 4096 rows. They do not depend on lengths, on which the bits of a segment would then depend.
-# "masked" says what differs with masks, or keys that heads share
-_TILES = {  # sm_80, and what is not named below: at most 99 KiB of shared memory
-    "fwd": {
-        64: (64, 32, 4, 3),
-        72: (128, 32, 8, 2),
-        80: (64, 64, 4, 2),
-        96: (64, 32, 4, 1),
-        128: (64, 64, 4, 2),
-    },
-    "fwd, masked": {80: (64, 32, 4, 3)},
-    "dq": {
-        64: (64, 32, 4, 2),
-        72: (64, 32, 4, 1),
-        80: (128, 32, 8, 2),
-        96: (64, 32, 4, 1),
-        128: (64, 32, 4, 2),
-    },
-    "dkv": {
-        64: (32, 64, 4, 2),
-        72: (16, 64, 4, 1),
-        80: (16, 128, 8, 3),
-        96: (16, 64, 4, 1),
-        128: (16, 64, 4, 2),
-    },
-}
-_TILES_SM_86 = {  # sm_89 and sm_120 too: what spills on them with the above
-    "fwd": {**_TILES["fwd"], 128: (64, 32, 4, 2)},
-    "dq": {**_TILES["dq"], 120: (128, 32, 8, 1), 128: (128, 32, 8, 2)},
-    "dkv": {
-        48: (32, 64, 4, 2),
-        56: (16, 64, 4, 3),
-        **_TILES["dkv"],
-        120: (16, 64, 4, 1),
-    },
-    "fwd, masked": _TILES["fwd, masked"],
-    "dkv, masked": {80: (16, 128, 8, 1)},
-}
-_TILES_SM_90 = {  # by times on an H200, over segments of 64, 620 and 4096: none is best for all
-    "fwd": {64: (64, 64, 4, 3), 80: (128, 64, 4, 3), 128: (64, 64, 4, 3)},
-    "dq": {96: (64, 64, 4, 3), 128: (64, 64, 4, 2)},
-    "dkv": {128: (32, 64, 4, 3)},
-    "dkv, masked": {
-        80: (32, 64, 4, 3),
-        96: (32, 128, 8, 3),
-        112: (16, 64, 4, 3),
-        128: (32, 128, 8, 3),
-    },
-}
-_TILES_SM_100 = {
-    "fwd": {80: (128, 64, 4, 3), 96: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
-    "dq": {64: (128, 64, 4, 3), 96: (128, 32, 4, 3), 128: (64, 64, 8, 2)},
-    "dkv": {64: (32, 64, 4, 3), 128: (64, 64, 8, 1)},
-    "fwd, masked": {80: (128, 64, 4, 1)},
-    "dkv, masked": {64: (32, 64, 4, 1)},
-}
-_TILES_AMD = {  # at most 64 KiB of shared memory
-    "fwd": {64: (128, 32, 4, 3), 96: (128, 32, 4, 1), 128: (128, 64, 8, 2)},
-    "dq": {64: (128, 32, 4, 2), 96: (128, 32, 4, 1), 128: (128, 32, 8, 2)},
-    "dkv": {64: (16, 64, 4, 1), 80: (16, 128, 8, 2), 128: (16, 64, 4, 1)},
-}
-_TILES_GFX950 = {**_TILES_AMD, "dq, masked": {128: (128, 32, 8, 1)}}
-_TILES_FLOAT32 = {
-    "fwd": {128: (32, 32, 8, 1)},
-    "dq": {128: (32, 16, 8, 1)},  # one shape for both, so that their products have the same bits
-    "dkv": {128: (32, 16, 8, 1)},
-}
-_TILES_AMD_FLOAT32 = {
-    "fwd": {128: (32, 32, 8, 1)},
-    "dq": {128: (32, 16, 4, 1)},
-    "dkv": {128: (32, 16, 4, 1)},
-}
-_TILES_FLOAT32_OF = {"gfx942": _TILES_AMD_FLOAT32, "gfx950": _TILES_AMD_FLOAT32}
-_TILES_OF = {
-    86: _TILES_SM_86,
-    89: _TILES_SM_86,
-    120: _TILES_SM_86,
-    90: _TILES_SM_90,
-    100: _TILES_SM_100,
-    103: _TILES_SM_100,
-    "gfx942": _TILES_AMD,
-    "gfx950": _TILES_GFX950,
-}
-
-
-@lru_cache
-def _tiles(
-    pass_name: str,
-    head_dim: int,
-    masked: bool,
-    dtype: torch.dtype,
-    architecture: int | str | None,
-) -> dict[str, int]:
-    """Pieces of a head, tile sizes, warps and stages of a pass.
-
-    ``masked`` says that keys are masked or shared by heads, which takes registers.
-    """
-    float32 = dtype == torch.float32
-    passes = _TILES_OF.get(architecture, _TILES)
-    if float32:
-        passes = _TILES_FLOAT32_OF.get(architecture, _TILES_FLOAT32)
-    pieces = _pieces(head_dim)
-    if pieces == (128, 0) and (float32 or (pass_name != "fwd" and passes is not _TILES_SM_100)):
-        pieces = 64, 64  # what registers hold of a head at once is half as much
-    tiles = passes[pass_name]
-    if masked:
-        tiles = {**tiles, **passes.get(f"{pass_name}, masked", {})}
-    names = ("D0", "D1", "BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
-    largest = min(size for size in tiles if size >= head_dim)
-    return dict(zip(names, (*pieces, *tiles[largest]), strict=True))
-
-
 def _addressable(x: Tensor) -> Tensor:
     """``x``, or a copy if its last dimension is strided or a tile of its rows exceeds 32 bits."""
     return last_contiguous(x) if x.stride(0) < 2**25 else x.contiguous()
@@ -995,7 +878,7 @@ def attend(
         return out, lse
     strides, constants = _arguments(q, k, v, left, right)
     masked = constants["HAS_LEFT"] or constants["HAS_RIGHT"] or constants["GROUP"] > 1
-    tiles = _tiles("fwd", head_dim, masked, q.dtype, architecture())
+    tiles = attention_tiles("fwd", head_dim, masked, q.dtype, architecture())
     num_tiles = num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1
     segments = (
         cu_seqlens_q.contiguous(),
@@ -1094,7 +977,7 @@ def attend_bwd(
         num_k_tokens,
     )
     if num_q_tokens:
-        tiles = _tiles("dq", *kind)
+        tiles = attention_tiles("dq", *kind)
         num_tiles = num_q_tokens // tiles["BLOCK_Q"] + num_segments + 1
 
         def launch(num_programs: int, grad_q: Tensor, split: str) -> None:
@@ -1127,7 +1010,7 @@ def attend_bwd(
             launch(num_chunks, parts, "chunks")
             _sum_chunks(parts, None, grad_q, None, segments)
     if num_k_tokens:
-        tiles = _tiles("dkv", *kind)
+        tiles = attention_tiles("dkv", *kind)
         num_tiles = num_k_tokens // tiles["BLOCK_K"] + num_segments + 1
         _attend_bwd_dkv_kernel[(num_tiles * num_k_heads,)](
             grad_out,
@@ -1168,7 +1051,7 @@ def attend_rotated(
     if num_tokens == 0:
         return out, lse
     unit = stride_unit(q, k, v)
-    d0, d1 = _pieces(head_dim)
+    d0, d1 = head_pieces(head_dim)
     block, heads_a_part = 64, 4
     tiles = num_tokens // block + num_segments + 1
     _attend_rotated_kernel[(tiles, triton.cdiv(num_heads, heads_a_part))](

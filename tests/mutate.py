@@ -602,7 +602,7 @@ FAULTS = [
         "varlen_attention: query heads read another group's keys",
         "kernels/varlen_attention.py",
         "k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)",
-        "k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head % (num_heads // GROUP), stride_k_h,"
+        "k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head % (NUM_HEADS // GROUP), stride_k_h,"
         " STRIDE_UNIT)",
         "tests/test_varlen_attention.py",
     ),
@@ -734,7 +734,7 @@ FAULTS = [
     ),
     Fault(
         "varlen_attention: a head of 80 is padded to 128",
-        "kernels/varlen_attention.py",
+        "kernels/_attention_tiles.py",
         "return (first, rest) if rest & (rest - 1) == 0 else (2 * first, 0)",
         "return (first, 0) if rest == 0 else (2 * first, 0)",
         "tests/test_varlen_attention.py -k padding",

@@ -13,6 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from patchpack import PackedGrid, reference, rope_2d, varlen_attention
+from patchpack.kernels import _attention_tiles
 from patchpack.kernels import varlen_attention as kernels
 from patchpack.testing import compiled, traffic
 from patchpack.testing.compare import assert_as_accurate
@@ -647,9 +648,9 @@ def multiplications(launch):
     [("sm_80", 72), ("sm_80", 80), ("sm_80", 96), ("sm_90", 72), ("sm_90", 80)],
 )
 def test_no_matrix_product_is_spent_on_padding(target, head_dim, monkeypatch):
-    monkeypatch.setattr(kernels, "_tiles", kernels._tiles.__wrapped__)
+    monkeypatch.setattr(kernels, "attention_tiles", _attention_tiles.attention_tiles.__wrapped__)
     split = [multiplications(launch) for launch in launches_of(target, head_dim)]
-    monkeypatch.setattr(kernels, "_pieces", lambda _: (128, 0))
+    monkeypatch.setattr(_attention_tiles, "head_pieces", lambda _: (128, 0))
     padded = [multiplications(launch) for launch in launches_of(target, head_dim)]
     needed = -(-head_dim // 16) * 16
     assert all(split)

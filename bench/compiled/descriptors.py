@@ -97,7 +97,7 @@ def main() -> None:
 def configurations(targets: list[str]) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
     for target, head_dim in itertools.product(targets, HEAD_DIMS):
         architecture = int(target.removeprefix("sm_"))
-        shipped = kernels._tiles("fwd", head_dim, False, torch.bfloat16, architecture)
+        shipped = kernels.attention_tiles("fwd", head_dim, False, torch.bfloat16, architecture)
         sizes = tuple(shipped[name] for name in tiles.NAMES[2:])
         for tile in dict.fromkeys((sizes, *LARGER)):
             yield from ((target, head_dim, tile, form) for form in FORMS)
@@ -126,7 +126,7 @@ def compile_variant(
 ) -> dict[str, Any] | None:
     with mock.patch.object(tiles, "kernels", module):
         try:
-            row = tiles.rank(target, "fwd", head_dim, (kernels._pieces(head_dim), tile))
+            row = tiles.rank(target, "fwd", head_dim, (kernels.head_pieces(head_dim), tile))
         except RuntimeError as error:
             return {"target": target, "head_dim": head_dim, "tile": tile, "error": str(error)}
         if row and timed:

@@ -69,7 +69,7 @@ def main() -> None:
 
 def tiles(name: str, head_dim: int) -> Iterator[tuple[tuple[int, int], Tile]]:
     """Pieces of a head, and tiles of a pass."""
-    pieces = kernels._pieces(head_dim)
+    pieces = kernels.head_pieces(head_dim)
     halves = [(64, 64)] if pieces == (128, 0) and name != "fwd" else []
     return itertools.product([pieces, *halves], itertools.product(*CANDIDATES[name]))
 
@@ -125,7 +125,7 @@ def launcher(
 
     def launch() -> None:
         limits = cu_seqlens, cu_seqlens, q.shape[2] ** -0.5, -1, -1
-        with mock.patch.object(kernels, "_tiles", chosen):
+        with mock.patch.object(kernels, "attention_tiles", chosen):
             if name == "fwd":
                 kernels.attend(q, k, v, *limits)
             else:
