@@ -53,10 +53,12 @@ def _torch_chain(inputs: Inputs) -> Provider:
         inputs["temporal_patch_size"],
         inputs["grid"].spatial_merge_size,
     )
+    device = inputs["images"][0].device
+    mean, std = (
+        torch.tensor(x, device=device).mul(255).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD)
+    )
 
     def patchify(images: list[Tensor], dtype: torch.dtype, **_) -> Tensor:
-        mean = torch.tensor(CLIP_MEAN, device=images[0].device).mul(255).view(3, 1, 1)
-        std = torch.tensor(CLIP_STD, device=images[0].device).mul(255).view(3, 1, 1)
         packed = []
         for image in images:
             values = (image.float() - mean) / std

@@ -1,8 +1,8 @@
 """Triton kernels of ``patchpack.ops.patchify``; the maths is in its reference.
 
 Images stay where they are: kernels get a table of addresses and strides. A block of programs works
-on one image and one frame of patches, so that strides and sizes are scalars, and what a column adds
-to an address does not depend on the token.
+on one image and the frames of a patch, so that strides and sizes are scalars, and what a column
+adds to an address does not depend on the token.
 """
 
 from collections.abc import Sequence
@@ -45,11 +45,12 @@ def _cut_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program makes BLOCK_K columns of BLOCK_T patches of one frame."""
-    NUM_COLUMNS: tl.constexpr = NUM_CHANNELS * TEMPORAL * PATCH * PATCH
+    """One program cuts BLOCK_K pixels of BLOCK_T patches, from each frame that they extend over."""
+    AREA: tl.constexpr = PATCH * PATCH
+    NUM_PIXELS: tl.constexpr = NUM_CHANNELS * AREA  # of a patch in one frame
     pid = tl.program_id(0).to(tl.int64)
-    pid_k = (pid % tl.cdiv(NUM_COLUMNS, BLOCK_K)).to(tl.int32)
-    block = pid // tl.cdiv(NUM_COLUMNS, BLOCK_K)
+    pid_k = (pid % tl.cdiv(NUM_PIXELS, BLOCK_K)).to(tl.int32)
+    block = pid // tl.cdiv(NUM_PIXELS, BLOCK_K)
     image = find_grid(table_ptr, num_images, search_steps, block, COLUMNS=7).to(tl.int64)
     entry_ptr = table_ptr + image * 7
     pixels_ptr = tl.load(entry_ptr + 1).to(tl.pointer_type(PIXEL))
@@ -72,26 +73,29 @@ def _cut_kernel(
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     if LAYOUT == "ctpp":
         x, y = offs_k % PATCH, offs_k // PATCH % PATCH
-        time, channel = offs_k // (PATCH * PATCH) % TEMPORAL, offs_k // (TEMPORAL * PATCH * PATCH)
-    else:
+        channel, columns = offs_k // AREA, offs_k // AREA * (TEMPORAL * AREA) + offs_k % AREA
+    else:  # of one frame
         x, y = offs_k // NUM_CHANNELS % PATCH, offs_k // (PATCH * NUM_CHANNELS)
-        time, channel = tl.zeros_like(offs_k), offs_k % NUM_CHANNELS
-    time = tl.minimum(frame * TEMPORAL + time, frames - 1)  # the last frame is repeated
-    pixels = time * stride_f + channel * stride_c + y * stride_y + x * stride_x
-    mask_k = offs_k < NUM_COLUMNS
+        channel, columns = offs_k % NUM_CHANNELS, offs_k
+    mask_k = offs_k < NUM_PIXELS
     mean = tl.load(moments_ptr + channel, mask=mask_k, other=0.0)[None, :]
     std = tl.load(moments_ptr + NUM_CHANNELS + channel, mask=mask_k, other=1.0)[None, :]
 
     mask = (offs_t < rows * cols)[:, None] & mask_k[None, :]
-    value = tl.load(pixels_ptr + (patches[:, None] + pixels[None, :]), mask=mask, other=0)
-    value = value.to(tl.float32)
-    if BYTES:
-        value = divide(divide(value, 255.0) - mean, std)
-    else:  # infinities stay
-        value = tl.div_rn(value - mean, std)
+    pixels = channel * stride_c + y * stride_y + x * stride_x
+    pixel_ptrs = pixels_ptr + (patches[:, None] + pixels[None, :])
     tokens = first + frame.to(tl.int64) * (rows * cols) + offs_t
-    out_ptrs = tokens[:, None] * NUM_COLUMNS + offs_k[None, :]
-    tl.store(out_ptr + out_ptrs, value, mask=mask)
+    out_ptrs = out_ptr + tokens[:, None] * (TEMPORAL * NUM_PIXELS) + columns[None, :]
+    value = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    for time in range(TEMPORAL):
+        source = frame * TEMPORAL + time
+        if source < frames:  # the last frame is repeated
+            value = tl.load(pixel_ptrs + source * stride_f, mask=mask, other=0).to(tl.float32)
+            if BYTES:
+                value = divide(divide(value, 255.0) - mean, std)
+            else:  # infinities stay
+                value = tl.div_rn(value - mean, std)
+        tl.store(out_ptrs + time * AREA, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_images", "search_steps", "stride_grad_t"])
@@ -168,7 +172,8 @@ def cut(
     dtype: torch.dtype,
     pin_memory: bool,
 ) -> Tensor:
-    num_columns = len(mean) * temporal_patch_size * patch_size**2
+    num_pixels = len(mean) * patch_size**2
+    num_columns = temporal_patch_size * num_pixels
     out = geometry.new_empty(num_tokens, num_columns, dtype=dtype, pin_memory=pin_memory)
     if num_tokens == 0:
         return out
@@ -179,7 +184,7 @@ def cut(
         rows.append([num_blocks, frames.data_ptr(), frames.shape[0], *frames.stride()])
         cells = (frames.shape[2] // patch_size) * (frames.shape[3] // patch_size)
         num_blocks += triton.cdiv(len(frames), temporal_patch_size) * triton.cdiv(cells, block_t)
-    _cut_kernel[(num_blocks * triton.cdiv(num_columns, block_k),)](
+    _cut_kernel[(num_blocks * triton.cdiv(num_pixels, block_k),)](
         on_device(torch.tensor(rows, device="cpu"), geometry.device),
         geometry,
         _moments(tuple(mean), tuple(std), geometry.device),
@@ -195,7 +200,7 @@ def cut(
         NUM_CHANNELS=len(mean),
         BLOCK_T=block_t,
         BLOCK_K=block_k,
-        num_warps=8,
+        num_warps=16,
         **compiler_options(),
     )
     return out

@@ -1211,9 +1211,16 @@ FAULTS = [
     Fault(
         "traffic of patchify: patches past the last of a frame are loaded",
         "kernels/patchify.py",
-        "pixels[None, :]), mask=mask,",
-        "pixels[None, :]), mask=mask_k[None, :],",
+        "source * stride_f, mask=mask,",
+        "source * stride_f, mask=mask_k[None, :],",
         traffic("patchify", "SigLIP"),
+    ),
+    Fault(
+        "traffic of patchify: a frame that is repeated is read again",
+        "kernels/patchify.py",
+        "if source < frames:",
+        "source = tl.minimum(source, frames - 1)\n        if True:",
+        "tests/test_traffic.py -k elementwise-and-twice",
     ),
     Fault(
         "traffic of varlen_attention: a row of scratch is not written where it is not read",

@@ -437,7 +437,8 @@ def passes(peer, session):
 
 found = list(peers("gfx942", Path({str(tmp_path)!r})))
 assert len({{(peer.name, peer.op, peer.case) for peer in found}}) == len(found)
-assert {{(peer.op, peer.case) for peer in found}} == CASES.keys()
+without = {{("resize_images", "photo")}}  # no one else has kernels for it
+assert {{(peer.op, peer.case) for peer in found}} == CASES.keys() - without
 here = {{peer.name for peer in found if isinstance(peer, Peer)}}
 assert here == {{"Liger, bfloat16 tables", "Liger, float32 tables"}}
 reasons = {{peer.name: peer.reason for peer in found if isinstance(peer, Missing)}}

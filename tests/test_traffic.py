@@ -559,8 +559,8 @@ def merge_tokens(dtype, channels, merge, **options):
     return {"inputs": inputs | options, "grads": ("x",), "needs": ("grid",)}
 
 
-def patchify(dtype, pixel, temporal=1, sizes=((16, 16), (8, 12))):
-    images = [torch.rand(temporal, 3, 14 * h, 14 * w).mul(255).to(pixel) for h, w in sizes]
+def patchify(dtype, pixel, temporal=1, frames=1, sizes=((16, 16), (8, 12))):
+    images = [torch.rand(frames, 3, 14 * h, 14 * w).mul(255).to(pixel) for h, w in sizes]
     inputs = {"images": images, "grid": PackedGrid(sizes, 2), "patch_size": 14, "dtype": dtype}
     inputs |= {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
     inputs["temporal_patch_size"] = temporal
@@ -597,7 +597,8 @@ ELEMENTWISE = {
     "merge_tokens, Qwen3-VL": lambda: merge_tokens(BF16, 1152, 2),
     "merge_tokens, InternVL": lambda: merge_tokens(BF16, 1024, 1, merge_size=2, order="column"),
     "patchify, bytes": lambda: patchify(BF16, U8),
-    "patchify, a clip": lambda: patchify(BF16, U8, 2),
+    "patchify, a clip": lambda: patchify(BF16, U8, 2, 2),
+    "patchify, a photo twice": lambda: patchify(BF16, U8, 2),
     "patchify, floating": lambda: patchify(F32, F32),
     "scatter_tokens": lambda: scatter_tokens(BF16),
     "assemble": lambda: assemble(BF16),

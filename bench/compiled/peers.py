@@ -36,7 +36,7 @@ from _harness import Bench
 from _rotary import table
 from compiled import inductor
 from patchpack.testing.catalogue import SPECS, Inputs
-from patchpack.testing.contract import tensors
+from patchpack.testing.contract import leaves, tensors
 
 GRIDS = [(1, 16, 24), (1, 20, 16), (1, 8, 40)]
 LENGTHS = [t * h * w for t, h, w in GRIDS]
@@ -62,6 +62,25 @@ CASES: dict[tuple[str, str], Inputs] = {
     },
     ("merge_tokens", "vision"): {**_PIXELS, "normalised": 4},
     ("region_attention", "vision"): {**_PIXELS, "region": 2},
+    ("interpolate_tokens", "halved"): {"sizes": GRIDS, "channels": 1152},
+    ("patchify", "photos"): {
+        "sizes": [grid[1:] for grid in GRIDS],
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge": 2,
+    },
+    ("resize_images", "photo"): {"photos": [(240, 320)], "sizes": [(168, 224)]},
+    ("scatter_tokens", "language"): {
+        "num_rows": 256,
+        "num_images": 2,
+        "image_tokens": 64,
+        "channels": 3584,
+    },
+    ("assemble", "whole tiles"): {
+        "images": [((1, 2), (0, 0, 12, 24), (12, 24)), ((2, 2), (0, 0, 24, 24), (18, 18))],
+        "side": 12,
+        "channels": 896,
+    },
 }
 for _head_dim in (64, 72, 80, 96, 128):
     CASES["varlen_attention", f"attention-{_head_dim}"] = {
@@ -79,6 +98,11 @@ NEEDS = {
     "merge_tokens": ("x", "weight", "grid"),
     "region_attention": ("query", "tokens", "grid"),
     "varlen_attention": ("q", "k", "v", "cu_seqlens_q"),
+    "interpolate_tokens": ("grid", "target_hw"),
+    "patchify": (),
+    "resize_images": (),
+    "scatter_tokens": ("index",),
+    "assemble": ("layout",),
 }
 
 Run = Callable[[], "Callable[[], Any] | None"]
@@ -219,14 +243,26 @@ def inputs_of(op: str, case: str) -> Inputs:
     return _bench(op).make_inputs(torch.bfloat16, "cpu", **CASES[op, case])
 
 
-def _differentiated(function: Callable[..., Any], op: str, inputs: Inputs) -> Run:
-    """Forward through a function of what ``op`` has gradients of, and back."""
+def read_of(op: str, inputs: Inputs) -> Any:
+    """What the forward pass has to read: rows that others take the place of it has not."""
+    if op != "scatter_tokens":
+        return inputs
+    embeds, index = inputs["embeds"], inputs["index"]
+    kept = torch.ones(embeds.shape[1], dtype=torch.bool).index_fill(0, index, False)
+    return embeds[:, kept], inputs["tokens"], index
 
-    def forward() -> Callable[[], Any]:
-        leaves = {name: inputs[name].detach().requires_grad_() for name in SPECS[op].grads}
-        outputs = tensors(function(**leaves))
+
+def _differentiated(function: Callable[..., Any], op: str, inputs: Inputs) -> Run:
+    """Forward through a function of what ``op`` has gradients of, and back, if there is any."""
+
+    def forward() -> Callable[[], Any] | None:
+        given = leaves(inputs, SPECS[op].grads)
+        outputs = tensors(function(**given))
+        wanted = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
+        if not wanted:
+            return None
         cotangents = [torch.randn_like(x) for x in outputs]
-        return lambda: torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        return lambda: torch.autograd.grad(outputs, wanted, cotangents)
 
     return forward
 
@@ -386,10 +422,11 @@ def _compiled(function: Callable[..., Any], task: _Task) -> Callable[..., Any]:
     return torch.compile(function, backend=inductor.backend(task.target), dynamic=False)
 
 
-def _eager(task: _Task, name: str) -> Run:
-    """A provider of the op's bench file, compiled."""
-    function = _bench(task.op).peers[name](task.inputs)
-    return _differentiated(_compiled(function, task), task.op, task.inputs)
+def _eager(task: _Task, name: str, given: tuple[str, ...] = ()) -> Run:
+    """A provider of the op's bench file, compiled; ``given`` are the inputs it is called with."""
+    function = _compiled(_bench(task.op).peers[name](task.inputs), task)
+    function = functools.partial(function, **{name: task.inputs[name] for name in given})
+    return _differentiated(function, task.op, task.inputs)
 
 
 def _mrope(task: _Task) -> Run:
@@ -448,12 +485,21 @@ _LIBRARIES = (
     ),
     _Library("vLLM", "mrope", _vllm_mrope, _VLLM),
     *(
-        _Library("Inductor", op, functools.partial(_eager, name=name), packages=packages)
-        for op, name, packages in (
-            ("rope", "transformers", ("transformers",)),
-            ("rope_2d", "transformers", ("transformers",)),
+        _Library(
+            "Inductor",
+            op,
+            functools.partial(_eager, name=name, given=given),
+            packages=("transformers",) if name == "transformers" else (),
+        )
+        for op, name, given in (
+            ("rope", "transformers", ()),
+            ("rope_2d", "transformers", ()),
             ("merge_tokens", "views, F.layer_norm", ()),
             ("region_attention", "gather, bmm", ()),
+            ("interpolate_tokens", "gather", ()),
+            ("patchify", "torch, image by image", ("images", "dtype")),
+            ("scatter_tokens", "index_copy", ("index",)),
+            ("assemble", "the original's chain", ()),
         )
     ),
     _Library("Inductor", "mrope", _mrope, packages=("transformers",)),

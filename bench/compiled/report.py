@@ -93,6 +93,13 @@ def _tables(results: Row) -> Iterable[str]:
     yield "block masks, are not counted."
     yield ""
     yield from _beside(rows, results["traffic"])
+    yield "## What moves"
+    yield ""
+    yield "Every load and store, followed in the interpreter, with the tiles of sm_90. Least: what"
+    yield "the definition asks for, in bytes. Unique: distinct bytes of a launch. Programs without"
+    yield "work are launched where their number must not be read from the GPU."
+    yield ""
+    yield from _moved(results["traffic"])
     yield "## What could not be had"
     yield ""
     reasons = {(r["name"], r["op"], r["reason"]) for r in results["missing"]}
@@ -193,6 +200,25 @@ def _beside(rows: Sequence[Row], traffic: Sequence[Row]) -> Iterable[str]:
                 ],
                 lines,
             )  # fmt: skip
+
+
+def _moved(rows: Sequence[Row]) -> Iterable[str]:
+    head = ["op", "case", "pass", "", "launches", "programs", "without work", "least bytes"]
+    head += ["unique / least", "requested / least", "out of bounds", "not written before", "races"]
+    order = sorted(rows, key=lambda r: (r["op"], r["case"], r["direction"] != "forward"))
+    return _table(
+        head,
+        (
+            [
+                *(f"`{r['op']}`", r["case"], r["direction"], r["provider"]),
+                *(r["launches"], r["programs"], r["idle"], r["compulsory"]),
+                f"{r['unique_over_compulsory']:.3f}",
+                f"{r['requested_over_compulsory']:.3f}",
+                *(r["out_of_bounds"], r["uninitialised"], r["races"]),
+            ]
+            for r in order
+        ),
+    )
 
 
 def _launches(rows: Sequence[Row], moved: Row | None) -> list[Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from triton.backends.compiler import GPUTarget
+
 from compiled.configurations import configurations
-from compiled.peers import CASES, NEEDS, Missing, Peer, inputs_of, ours, peers
+from compiled.peers import CASES, NEEDS, Missing, Peer, inputs_of, ours, peers, read_of
 from compiled.rows import code_row, traffic_row
+from patchpack.kernels import _tiles
 from patchpack.testing import compiled, traffic
 from patchpack.testing.catalogue import SPECS
 
 Rows = list[dict[str, Any]]
 Task = tuple[Callable[..., dict[str, Rows]], tuple]
+TRAFFIC_TARGET = "sm_90"  # whose tiles are followed
 
 
 def run(task: Task) -> dict[str, Rows]:
@@ -89,26 +94,40 @@ def traffic_of(op: str, case: str, checkouts: Path | None) -> dict[str, Rows]:
     found: dict[str, Rows] = {"traffic": [], "missing": []}
     few = {"num_heads": (2, 2)} if op == "varlen_attention" else {}  # each moves as much
     with mock.patch.dict(CASES[op, case], few):
-        grads, needs = SPECS[op].grads, NEEDS[op]
-        passes = traffic.measure(SPECS[op].op, inputs_of(op, case), grads=grads, needs=needs)
+        inputs = inputs_of(op, case)
+        reads = read_of(op, inputs)
+        with _tiles_of(TRAFFIC_TARGET):
+            grads, needs = SPECS[op].grads, NEEDS[op]
+            passes = traffic.measure(SPECS[op].op, inputs, grads=grads, needs=needs, reads=reads)
         least = {"forward": passes[0].compulsory, "backward": passes[1].compulsory}
-        for peer in [ours(op, case), *_peers_of(op, case, "sm_90", checkouts)]:
+        own = dict(zip(least, (totals.launches for totals in passes), strict=True))
+        followed: list[tuple[Peer, Mapping[str, Sequence[traffic.Launch]]]] = [
+            (ours(op, case), own)
+        ]
+        for peer in _peers_of(op, case, TRAFFIC_TARGET, checkouts):
             if isinstance(peer, Missing):
                 continue
             try:
-                launches = _follow(peer)
+                followed.append((peer, _follow(peer)))
             except Exception as error:
                 reason = f"not followed: {type(error).__name__}: {error}".splitlines()[0]
                 named = {"name": peer.name, "op": op, "case": case, "target": "any"}
                 found["missing"].append({**named, "reason": reason})
-                continue
-            for direction, of_pass in launches.items():
+    for peer, launches in followed:
+        for direction, of_pass in launches.items():
+            if of_pass:
                 found["traffic"].append(traffic_row(peer, of_pass, direction, least[direction]))
     return found
 
 
-def _follow(peer: Peer) -> dict[str, list[traffic.Launch]]:
-    with compiled.session("sm_90"):  # what autotuning chooses
+def _tiles_of(target: str) -> AbstractContextManager:
+    """Kernels of ours are launched as on ``target``, whatever runs them."""
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return mock.patch.object(_tiles, "current_target", return_value=gpu)
+
+
+def _follow(peer: Peer) -> Mapping[str, Sequence[traffic.Launch]]:
+    with compiled.session(TRAFFIC_TARGET):  # what autotuning chooses
         if backward := peer.run():
             backward()
     with traffic.session() as launches:
@@ -116,5 +135,4 @@ def _follow(peer: Peer) -> dict[str, list[traffic.Launch]]:
         forward = len(launches)
         if backward:
             backward()
-    passes = {"forward": launches[:forward], "backward": launches[forward:]}
-    return {direction: of_pass for direction, of_pass in passes.items() if of_pass}
+    return {"forward": launches[:forward], "backward": launches[forward:]}
