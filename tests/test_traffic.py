@@ -533,23 +533,23 @@ SIZES = [(4, 16), (12, 8), (2, 18), (10, 6)]  # 256 patches
 
 
 def heads(num_q_heads, num_k_heads, head_dim, dtype):
-    q = torch.randn(256, num_q_heads, head_dim).to(dtype)
-    return {"q": q, "k": torch.randn(256, num_k_heads, head_dim).to(dtype)}
+    q = torch.randn(64, num_q_heads, head_dim).to(dtype)
+    return {"q": q, "k": torch.randn(64, num_k_heads, head_dim).to(dtype)}
 
 
 def rope(dtype, num_heads=(28, 4), head_dim=128):
-    cos, sin = torch.rand(2, 256, head_dim // 2)  # always in float32
+    cos, sin = torch.rand(2, 64, head_dim // 2)  # always in float32
     inputs = heads(*num_heads, head_dim, dtype) | {"cos": cos, "sin": sin}
     return {"inputs": inputs, "grads": ("q", "k"), "needs": ("cos", "sin")}
 
 
 def rope_2d(dtype, head_dim=80, **options):
-    inputs = heads(16, 16, head_dim, dtype) | {"grid": PackedGrid(SIZES, 2), **options}
+    inputs = heads(16, 16, head_dim, dtype) | {"grid": PackedGrid([(4, 10), (6, 4)], 2), **options}
     return {"inputs": inputs, "grads": ("q", "k"), "needs": ("grid",)}
 
 
 def mrope(dtype):
-    positions = torch.randint(1000, (3, 256))
+    positions = torch.randint(1000, (3, 64))
     inputs = heads(28, 4, 128, dtype) | {"position_ids": positions, "mrope_section": (16, 24, 24)}
     return {"inputs": inputs, "grads": ("q", "k"), "needs": ("position_ids",)}
 
