@@ -326,7 +326,8 @@ def test_only_the_code_of_a_level_has_its_instructions():
     assert not using - of_a_level
 
 
-def test_planted_faults_still_have_a_place():
+def test_planted_faults_still_have_a_place(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
     faults = runpy.run_path(str(ROOT / "tests/mutate.py"))["FAULTS"]
     lost = [fault.what for fault in faults if fault.old not in (ROOT / fault.file).read_text()]
     assert not lost
