@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
 from compiled.configurations import configurations
 from compiled.peers import CASES, NEEDS, Missing, Peer, inputs_of, ours, peers, read_of
 from compiled.rows import code_row, traffic_row
-from patchpack.kernels import _tiles
 from patchpack.testing import compiled, traffic
 from patchpack.testing.catalogue import SPECS
 
 Rows = list[dict[str, Any]]
 Task = tuple[Callable[..., dict[str, Rows]], tuple]
-TRAFFIC_TARGET = "sm_90"  # whose tiles are followed
+TRAFFIC_TARGET = "sm_90"  # as on which launches are followed
 
 
 def run(task: Task) -> dict[str, Rows]:
@@ -96,7 +97,7 @@ def traffic_of(op: str, case: str, checkouts: Path | None) -> dict[str, Rows]:
     with mock.patch.dict(CASES[op, case], few):
         inputs = inputs_of(op, case)
         reads = read_of(op, inputs)
-        with _tiles_of(TRAFFIC_TARGET):
+        with _as_on(TRAFFIC_TARGET):
             grads, needs = SPECS[op].grads, NEEDS[op]
             passes = traffic.measure(SPECS[op].op, inputs, grads=grads, needs=needs, reads=reads)
         least = {"forward": passes[0].compulsory, "backward": passes[1].compulsory}
@@ -120,17 +121,17 @@ def traffic_of(op: str, case: str, checkouts: Path | None) -> dict[str, Rows]:
     return found
 
 
-def _tiles_of(target: str) -> AbstractContextManager:
-    """Kernels of ours are launched as on ``target``, whatever runs them."""
+def _as_on(target: str) -> AbstractContextManager:
+    """What is launched chooses as on ``target``, whatever runs it."""
     gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return mock.patch.object(_tiles, "current_target", return_value=gpu)
+    return mock.patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: gpu))
 
 
 def _follow(peer: Peer) -> Mapping[str, Sequence[traffic.Launch]]:
     with compiled.session(TRAFFIC_TARGET):  # what autotuning chooses
         if backward := peer.run():
             backward()
-    with traffic.session() as launches:
+    with _as_on(TRAFFIC_TARGET), traffic.session() as launches:
         backward = peer.run()
         forward = len(launches)
         if backward:

@@ -51,7 +51,7 @@ FAULTS = [
         "k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head // GROUP, stride_k_h, STRIDE_UNIT)",
         "k_ptr = _head_of(k_ptr, begin_k, stride_k_t, head % (NUM_HEADS // GROUP), stride_k_h,"
         " STRIDE_UNIT)",
-        "tests/test_varlen_attention.py",
+        contract("varlen_attention"),
     ),
     Fault(
         "varlen_attention: keys and queries aligned at their starts",
