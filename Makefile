@@ -35,7 +35,8 @@ bench: $(native)
 	-$(bin)/pip install -q --no-build-isolation $(PEERS)
 	$(bin)/python bench/run.py --check $(OP)
 
-# what kernels are compiled to for GPUs that need not be there; CHECKOUTS: a folder of other libraries
+# What kernels are compiled to for GPUs that need not be there; CHECKOUTS: a folder of other libraries.
+# All of it takes hours on two cores; OP and TARGET name parts, and the rest of the tables stays
 compiled: $(native)
 	PYTHONPATH=bench $(bin)/python -m compiled $(addprefix --peers ,$(CHECKOUTS)) $(addprefix --op ,$(OP)) \
 	$(addprefix --target ,$(TARGET))

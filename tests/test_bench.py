@@ -533,23 +533,26 @@ for a, b in zip(got, torch.autograd.grad(out, leaves, cotangent.float()), strict
 
 
 def test_compiled_results_have_rows_and_tables_and_keep_other_targets(tmp_path):
-    options = ("--op", "scatter_tokens", "--dtype", "bfloat16", "--jobs", "1", "--out", tmp_path)
-    for target in ("sm_90", "gfx942"):
-        _python("-m", "compiled", "--target", target, *options)
+    options = ("--op", "resize_images", "--dtype", "bfloat16", "--jobs", "1", "--out", tmp_path)
+    _python("-m", "compiled", "--target", "sm_90", *options)
+    _python("-m", "compiled", "--target", "gfx942", *options, "--part", "kernels")
     results = json.loads((tmp_path / "compiled.json").read_text())
-    assert results["commits"].keys() == {"scatter_tokens"}
+    assert results["commits"].keys() == {"resize_images"}
     rows = results["rows"]
-    assert {row["target"] for row in rows} == {"sm_90", "gfx942"}
-    assert {"_invert_kernel", "_scatter_kernel", "_scatter_bwd_kernel"} <= {
-        row["kernel"] for row in rows
-    }
+    assert {row["kernel"] for row in rows} == {"_resize_axis_kernel"}
     for row in rows:
         assert row["spills"] == row["stack"] == 0
         assert 0 < row["registers"] <= 255
         assert 0 < row["occupancy"] <= 1
-        assert row["configurations"]
+    shipped = [row for row in rows if row.get("configurations")]
+    assert {row["target"] for row in shipped} == {"sm_90", "gfx942"}
+    assert {row["target"] for row in rows if row.get("case") == "photo"} == {"sm_90"}
+    (moved,) = results["traffic"]
+    assert moved["launches"] == 2
+    assert moved["out_of_bounds"] == moved["uninitialised"] == moved["races"] == 0
     tables = (tmp_path / "compiled.md").read_text()
-    assert "| `scatter_tokens` _scatter_kernel | sm_90 |" in tables
+    assert "| `resize_images` _resize_axis_kernel | sm_90 |" in tables
+    assert "| `resize_images` | photo | forward | patchpack | 2 |" in tables
 
 
 def test_a_kernel_that_spills_or_does_not_compile_is_not_fine():

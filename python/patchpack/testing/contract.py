@@ -370,9 +370,9 @@ class _Recorder(TorchDispatchMode):
 # image: torch compiles tensors of size 1 apart from others
 LENGTH_SETS = (
     [(1, 4, 4), (1, 8, 4)],
-    [(1, 4, 4)] * 3,
-    [(2, 4, 4), (1, 4, 8)],
-    [(1, 12, 4), (1, 4, 4), (1, 4, 4), (1, 4, 4)],
+    [(1, 4, 8)] * 3,
+    [(2, 4, 4), (1, 4, 12), (1, 4, 4), (1, 4, 4)],
+    [(1, 12, 4), (1, 4, 4)],
     [(1, 4, 4)] * 7,
 )
 # lists of images, whose length is a constant to torch: from the second batch on no size is that of
