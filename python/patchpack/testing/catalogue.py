@@ -335,7 +335,7 @@ _VARLEN_ATTENTION = Spec(
             "merge": 2,
         },
         "rotated, short segments": {
-            "sizes": [(1, 8, 8), (3, 4, 6), (1, 2, 2)],
+            "sizes": [(1, 8, 8), (2, 4, 6), (1, 2, 2)],
             "head_dim": 80,
             "heads": (5, 5),
             "merge": 2,
