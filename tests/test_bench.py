@@ -426,7 +426,8 @@ def test_peers_are_found_and_compiled_and_missing_ones_reported(tmp_path):
         f"""
 from pathlib import Path
 from compiled.peers import CASES, Missing, Peer, ours, peers
-from patchpack.testing import compiled, traffic
+from compiled.tasks import follow
+from patchpack.testing import compiled
 
 def passes(peer, session):
     with session as launches:
@@ -454,7 +455,7 @@ forward, backward = passes(peer, compiled.session("gfx942"))
 assert [launch.grid for launch in forward] == [(256 * heads, 1, 1) for heads in (28, 4)]
 assert [launch.kernel for launch in forward + backward] == 4 * ["_fill_kernel"]
 assert all(launch.stores > 0 == launch.loads for launch in forward)
-traced = passes(peer, traffic.session())[0]
+traced = follow(peer)["forward"]
 assert [launch.written for launch in traced] == [256 * heads * 128 * 2 for heads in (28, 4)]
 
 forward, backward = passes(ours("rope", "language"), compiled.session("gfx942"))

@@ -109,7 +109,7 @@ def traffic_of(op: str, case: str, checkouts: Path | None) -> dict[str, Rows]:
             if isinstance(peer, Missing):
                 continue
             try:
-                followed.append((peer, _follow(peer)))
+                followed.append((peer, follow(peer)))
             except Exception as error:
                 reason = f"not followed: {type(error).__name__}: {error}".splitlines()[0]
                 named = {"name": peer.name, "op": op, "case": case, "target": "any"}
@@ -127,7 +127,8 @@ def _as_on(target: str) -> AbstractContextManager:
     return mock.patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: gpu))
 
 
-def _follow(peer: Peer) -> Mapping[str, Sequence[traffic.Launch]]:
+def follow(peer: Peer) -> Mapping[str, Sequence[traffic.Launch]]:
+    """The launches of each pass, as on ``TRAFFIC_TARGET``."""
     with compiled.session(TRAFFIC_TARGET):  # what autotuning chooses
         if backward := peer.run():
             backward()
