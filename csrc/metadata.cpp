@@ -231,8 +231,9 @@ int64_t scaled_time(int64_t frame, double seconds, double tokens_per_second) {
 std::tuple<Tensor, Tensor> mrope_position_ids(
     Tensor input_ids, std::optional<Tensor> image_grid_thw, std::optional<Tensor> video_grid_thw,
     std::optional<Tensor> attention_mask, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> second_per_grid_ts, int64_t vision_start, int64_t image_id,
-    int64_t video_id, double tokens_per_second, bool split_frames, int64_t merge) {
+    std::optional<Tensor> second_per_grid_ts, std::optional<int64_t> vision_start, int64_t image_id,
+    int64_t video_id, double tokens_per_second, bool split_frames, bool frames_advance,
+    int64_t merge) {
   std::vector<Run> images = runs_of(image_grid_thw, merge);
   std::vector<Run> videos = runs_of(video_grid_thw, merge);
   if (second_per_grid_ts || tokens_per_second != 1)
@@ -275,6 +276,7 @@ std::tuple<Tensor, Tensor> mrope_position_ids(
   int64_t token = 0;
   for (int64_t sample = 0; sample < num_samples; ++sample) {
     bool starts = false;
+    int64_t kind = -1;  // of the token before: that of an image, of a video, or neither
     uint64_t next = 0, base = 0;
     int64_t t = 0, frame = 0, row = 0, col = 0;
     Run run;
@@ -289,15 +291,19 @@ std::tuple<Tensor, Tensor> mrope_position_ids(
         put(token, next, next, next);
         ++next;
         starts = id == vision_start;
+        kind = -1;
         continue;
       }
+      if (!vision_start) starts = id != kind;
+      kind = id;
       if (starts) {
         starts = false;
         size_t& begun = is_image ? num_images : num_videos;
         const std::vector<Run>& runs = is_image ? images : videos;
         run = begun < runs.size() ? runs[begun++] : Run{};
         base = next;
-        next += std::max({time_of(run, run.frames - 1) + 1, run.rows, run.cols});
+        const int64_t frames = frames_advance ? time_of(run, run.frames - 1) + 1 : 1;
+        next += std::max({frames, run.rows, run.cols});
         frame = t = row = col = 0;
       } else if (++col == run.cols) {
         col = 0;
@@ -332,9 +338,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(patchpack, library) {
       " int? num_windows) -> (Tensor, Tensor)");
   library.def(
       "mrope_position_ids(Tensor input_ids, Tensor? image_grid_thw, Tensor? video_grid_thw,"
-      " Tensor? attention_mask, Tensor? cu_seqlens, Tensor? second_per_grid_ts, int vision_start,"
-      " int image_id, int video_id, float tokens_per_second, bool split_frames, int merge)"
-      " -> (Tensor, Tensor)");
+      " Tensor? attention_mask, Tensor? cu_seqlens, Tensor? second_per_grid_ts, int? vision_start,"
+      " int image_id, int video_id, float tokens_per_second, bool split_frames,"
+      " bool frames_advance, int merge) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(patchpack, CPU, library) {

@@ -13,6 +13,8 @@ from patchpack.testing import machine
 
 ROOT = Path(__file__).parents[1]
 
+sys.path.append(str(ROOT / "tests"))  # for what several tests share
+
 # patchpack interprets kernels itself; with this set, Triton could no longer compile them
 os.environ.pop("TRITON_INTERPRET", None)
 

@@ -234,21 +234,22 @@ def get_mrope_position_ids(
     video_grid_thw: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
-    vision_start_token_id: int,
+    vision_start_token_id: int | None,
     image_token_id: int,
     video_token_id: int,
     cu_seqlens: Tensor | None = None,
     second_per_grid_ts: Tensor | None = None,
     tokens_per_second: float = 1,
     split_frames: bool = False,
+    frames_advance: bool = True,
     merge_size: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Position of every token on the axes time, height and width.
 
     Text advances all three axes together, one a token. The tokens of an image or video share a
     start and count frames, rows and columns from it; what follows starts after the largest of its
-    counts. This is the rule of transformers 4.45 to 4.57; transformers 5 places text after a video
-    elsewhere.
+    counts. This is the rule of transformers 4.45 to 4.57; with ``frames_advance=False`` it is that
+    of transformers 5, where frames do not count in what follows a video.
 
     Three models differ in what a frame ``a`` of a video counts in time:
 
@@ -267,13 +268,16 @@ def get_mrope_position_ids(
     Args:
         input_ids: Token ids, int64 or int32: a batch ``[B, L]``, or one sequence ``[L]``. Each
             image or video is a run of ``image_token_id`` or ``video_token_id`` right after a
-            ``vision_start_token_id``, of the length its grid says.
+            ``vision_start_token_id``, of the length its grid says. The ``mm_token_type_ids`` of
+            transformers will do, with 1 and 2 for the tokens of images and videos.
         image_grid_thw: Frames, rows and columns of each image, in patches, int64 or int32
             ``[images, 3]`` on the device of ``input_ids``, in the order of their tokens.
         video_grid_thw: The same of each video, ``[videos, 3]``.
         attention_mask: Shape of ``input_ids``, bool, int64 or int32; zero marks padding, on either
             side.
-        vision_start_token_id: The token before an image or video.
+        vision_start_token_id: The token before an image or video; ``None`` where none is marked:
+            one then begins wherever its tokens follow others, so that two of a kind need something
+            between them.
         image_token_id: The token of an image.
         video_token_id: The token of a video.
         cu_seqlens: Where packed samples of a sequence ``[L]`` begin and end, int32 ``[S + 1]``, in
@@ -283,6 +287,8 @@ def get_mrope_position_ids(
         tokens_per_second: Positions that a second takes.
         split_frames: Whether each frame of a video, with rows and columns of its grid, is a run of
             its own, after its own ``vision_start_token_id``.
+        frames_advance: Whether what follows a video starts after the count of its frames too, or
+            after those of its rows and columns alone.
         merge_size: Side of the block of patches that is one token.
 
     Returns:
@@ -308,6 +314,7 @@ def get_mrope_position_ids(
         video_token_id=video_token_id,
     )
     (tokens_per_second,) = _check.numbers(tokens_per_second=tokens_per_second)
+    _check.flags(frames_advance=frames_advance)
     native = _dispatch.native(
         "mrope_position_ids",
         input_ids,
@@ -321,19 +328,29 @@ def get_mrope_position_ids(
         video_id,
         float(tokens_per_second),
         split_frames,
+        frames_advance,
         m,
     )
     if native is not None:
         return native
     ids, valid, bounds = _flat_samples(input_ids, attention_mask, cu_seqlens)
     bounds = bounds.clamp(0, ids.numel())
+    token = torch.arange(ids.numel(), device=ids.device)
+    sample = torch.searchsorted(bounds[1:], token, right=True)  # S behind the last
 
-    # a run begins right after a vision start, padding left out
+    # a run begins right after a vision start, or where its kind does; padding left out
     count = valid.cumsum(0)
-    start = torch.where(valid & (ids == vision_start), count, -1).cummax(0).values
-    in_run = count - 1 - start
     is_image, is_video = valid & (ids == image_id), valid & (ids == video_id)
     is_vision = is_image | is_video
+    if vision_start is None:
+        before = torch.where(valid, token, -1).cummax(0).values.roll(1)  # the last that is no pad
+        alone = (before < bounds[sample]) | (token == 0)
+        kind = torch.where(is_vision, ids, -1)
+        is_start = is_vision & (alone | (kind != kind[before]))
+        start = torch.where(is_start, count - 1, -1).cummax(0).values
+    else:
+        start = torch.where(valid & (ids == vision_start), count, -1).cummax(0).values
+    in_run = count - 1 - start
     is_first = is_vision & (in_run == 0)
 
     # which image or video each token is of
@@ -366,12 +383,12 @@ def get_mrope_position_ids(
         return torch.where(is_video, scaled.long(), frame)
 
     # the first token of a run advances the position for all of it
-    step = torch.maximum(time_of(frames - 1) + 1, torch.maximum(rows, cols))
+    step = torch.maximum(rows, cols)
+    if frames_advance:
+        step = torch.maximum(time_of(frames - 1) + 1, step)
     step = torch.where(is_vision, step, 1)
     after = torch.where(valid & (is_first | ~is_vision), step, 0).cumsum(0)
     at_bounds = torch.nn.functional.pad(after, (1, 0))[bounds]  # [S + 1]
-    token = torch.arange(ids.numel(), device=ids.device)
-    sample = torch.searchsorted(bounds[1:], token, right=True)  # S behind the last
     base = after - step - at_bounds[sample]
     thw = [time_of(in_run // (rows * cols)), in_run // cols % rows, in_run % cols]
     position_ids = torch.where(valid, base + torch.where(is_vision, torch.stack(thw), 0), 1)
@@ -385,7 +402,7 @@ def validate_vision_tokens(
     video_grid_thw: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
-    vision_start_token_id: int,
+    vision_start_token_id: int | None,
     image_token_id: int,
     video_token_id: int,
     cu_seqlens: Tensor | None = None,
@@ -465,7 +482,7 @@ def validate_vision_tokens(
             )
         before = (lengths.cumsum(0) - lengths)[runs] - 1
         for token in ids[before].tolist():
-            if token != vision_start:
+            if vision_start is not None and token != vision_start:
                 raise ValueError(
                     f"input_ids must have {vision_start} before a run of {name} tokens,"
                     f" got {'none' if token == -1 else token}"
@@ -498,10 +515,13 @@ def _check_vision_tokens(
     split_frames: bool,
     *,
     merge_size: int,
+    vision_start_token_id: int | None,
     **token_ids: int,
-) -> list[int]:
-    """``merge_size`` and ``token_ids`` as Python integers; nothing is read from a device."""
-    numbers = [*_check.whole(merge_size=merge_size), *_check.whole(0, **token_ids)]
+) -> tuple[int, int | None, int, int]:
+    """``merge_size`` and the token ids as Python integers; nothing is read from a device."""
+    (m,) = _check.whole(merge_size=merge_size)
+    start = _given("vision_start_token_id", vision_start_token_id)
+    image_id, video_id = _check.whole(0, **token_ids)
     _check.flags(split_frames=split_frames)
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
@@ -530,4 +550,4 @@ def _check_vision_tokens(
         _check.same_device(input_ids=input_ids, cu_seqlens=cu_seqlens)
         if cu_seqlens.shape[0] == 0:
             raise ValueError("cu_seqlens must have at least one bound, got []")
-    return numbers
+    return m, start, image_id, video_id

@@ -1,0 +1,1 @@
+"""``patchpack`` inside other libraries, each imported only where its file is."""

@@ -1,0 +1,404 @@
+"""Models of transformers, applied to: what they compute is theirs, up to rounding."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.9")
+
+import transformers_models as models  # noqa: E402
+
+import patchpack  # noqa: E402
+from patchpack.integrations.transformers import (  # noqa: E402
+    _tiles,
+    _vision,
+    apply_to,
+    collate,
+)
+from patchpack.testing import compare  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
+
+FAMILIES = list(models.CONFIGS)
+CASES = [(family, config) for family in FAMILIES for config in models.CONFIGS[family]]
+# text, several images and a video; images and text; text alone
+_QWEN = [
+    [3, ("image", 4, 6), 2, ("video", 2, 8, 4), 5],
+    [4, ("image", 20, 12), ("image", 2, 2), 3],
+    [7],
+]
+SAMPLES = {
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "internvl": [[3, ("image", 2), 4], [2, ("image", 1), 1, ("image", 3), 2], [6]],
+    "llava_onevision": [
+        [3, ("image", 25, 70), 4, ("video", 3), 2],
+        [2, ("image", 60, 33), 1, ("image", 20, 20), 2],
+        [6],
+    ],
+}
+THREES = [  # divisible by 3
+    [3, ("image", 6, 9), 2, ("video", 2, 3, 6), 5],
+    [4, ("image", 12, 9), ("image", 3, 3), 3],
+    [7],
+]
+
+
+def _samples(family, model):
+    parts = SAMPLES[family]
+    if getattr(model.config.vision_config, "spatial_merge_size", 2) == 3:
+        parts = THREES
+    return [models.sample(family, model.config, x, seed=i) for i, x in enumerate(parts)]
+
+
+def _batch(family, model, kind):
+    samples = _samples(family, model)
+    if kind == "packed":
+        return collate(samples, config=model.config)
+    batch = models.padded(samples, side=kind)
+    if not hasattr(type(model.model), "get_rope_index"):
+        del batch["mm_token_type_ids"]
+    return batch
+
+
+def _vanishes(name, want):
+    """A bias of keys that nothing turns: every score of a query moves alike, and no weight does."""
+    return want[name].abs().max() < 1e-6 * max(x.abs().max() for x in want.values())
+
+
+def _measure(eager, got, want):
+    """Accuracies of all but what is zero, and whether that is as small as eager has it."""
+    zero = {name for name in want if _vanishes(name, want)}
+    accuracies = compare.measure_model(
+        *(
+            {name: x for name, x in found.items() if name not in zero}
+            for found in (got, eager, want)
+        )
+    )
+    largest = max((eager[name].abs().max().item() for name in zero), default=0)
+    small = all(got[name].abs().max() <= 4 * largest for name in zero)
+    return accuracies, small
+
+
+@functools.lru_cache(maxsize=2)
+def _eager(family, config, kind, dtype):
+    model = models.make(family, config, dtype=dtype)
+    batch = _batch(family, model, kind)
+    with models.Float64():
+        want = models.run(models.exact(model), batch)
+    return batch, want, models.run(model, batch)
+
+
+def _check(family, config, kind, dtype, **options):
+    batch, want, eager = _eager(family, config, kind, dtype)
+    model = models.make(family, config, dtype=dtype)
+    apply_to(model, **options)
+    accuracies, small = _measure(eager, models.run(model, batch), want)
+    failed = [str(x) for x in accuracies if not x.passed]
+    assert not failed, "\n".join(failed)
+    assert small
+    return accuracies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+@pytest.mark.parametrize(("family", "config"), CASES)
+def test_loss_logits_and_gradients_are_the_model_s(family, config, kind, dtype):
+    _check(family, config, kind, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_they_are_on_triton_s_kernels(family, dtype):
+    config = next(iter(models.CONFIGS[family]))
+    _check(family, config, "packed", dtype, impl="triton")
+
+
+BROKEN = {
+    "varlen_attention": ("_attention", lambda op, q, *args, **kw: op(1.02 * q, *args, **kw)),
+    "mrope": ("_text", lambda op, q, k, ids, **kw: op(q, k, ids + (ids > 9), **kw)),
+    "rope": ("_vision", lambda op, q, k, cos, sin, **kw: op(q, k, sin, cos, **kw)),
+    "add_pos_embed": ("_vision", lambda op, x, t, grid, **kw: op(x, t.flip(0), grid, **kw)),
+    "merge_tokens": ("_tiles", lambda op, x, grid, **kw: op(x, grid, order="column", **kw)),
+    "assemble": ("_tiles", lambda op, x, v, layout, **kw: op(x, -v, layout, **kw)),
+    "interpolate_tokens": (
+        "_tiles",
+        lambda op, x, grid, hw, **kw: op(x, grid, hw, mode="nearest", **kw),
+    ),
+}
+SEEN_BY = {
+    "varlen_attention": ("internvl", "qwen2"),
+    "mrope": ("qwen2_vl", "grouped"),
+    "rope": ("qwen2_5_vl", "windows"),
+    "add_pos_embed": ("qwen3_vl", "deepstack"),
+    "merge_tokens": ("internvl", "qwen2"),
+    "assemble": ("llava_onevision", "qwen2"),
+    "interpolate_tokens": ("llava_onevision", "qwen2"),
+}
+
+
+@pytest.mark.parametrize("op", BROKEN)
+def test_an_op_that_is_slightly_wrong_is_noticed(op, monkeypatch):
+    module, broken = BROKEN[op]
+    place = f"patchpack.integrations.transformers.{module}.{op}"
+    stock = getattr(patchpack, op)
+    calls = []
+
+    def count(*args, **kwargs):  # right while apply_to tries, wrong afterwards
+        calls.append(op)
+        return broken(stock, *args, **kwargs) if applied else stock(*args, **kwargs)
+
+    applied = False
+    monkeypatch.setattr(place, count)
+    family, config = SEEN_BY[op]
+    batch, want, eager = _eager(family, config, "right", torch.float32)
+    model = models.make(family, config)
+    apply_to(model)
+    applied = True
+    del calls[:]
+    accuracies, small = _measure(eager, models.run(model, batch), want)
+    assert calls
+    assert not (all(x.passed for x in accuracies) and small)
+
+
+# What is touched ---------------------------------------------------------------------------------
+
+
+def _state(model):
+    return {
+        (path, name): x
+        for path, module in model.named_modules()
+        for name, x in vars(module).items()
+        if not name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_undo_leaves_the_model_as_it_was(family):
+    config = next(iter(models.CONFIGS[family]))
+    batch, _, eager = _eager(family, config, "right", torch.float32)
+    model = models.make(family, config)
+    before = _state(model)
+    report = apply_to(model)
+    assert _state(model).keys() != before.keys()
+    report.undo()
+    after = _state(model)
+    assert after.keys() == before.keys()
+    assert all(after[key] is before[key] for key in before)
+    again = models.run(model, batch)
+    assert all(torch.equal(again[name], eager[name]) for name in eager)
+    report.undo()  # does nothing
+    apply_to(model).undo()
+    assert _state(model).keys() == before.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_model_of_the_same_configuration_is_not_touched(family):
+    config = next(iter(models.CONFIGS[family]))
+    batch, _, eager = _eager(family, config, "right", torch.float32)
+    model = models.make(family, config)
+    other = type(model)(model.config)  # shares its configuration
+    other.load_state_dict(model.state_dict())
+    before = _state(other)
+    apply_to(model)
+    assert _state(other).keys() == before.keys()
+    assert other.config.text_config._attn_implementation == "sdpa"
+    found = models.run(other.train(), batch)
+    assert all(torch.equal(found[name], eager[name]) for name in eager)
+
+
+def test_a_copy_is_applied_and_stands_alone():
+    batch, _, _ = _eager("qwen2_5_vl", "windows", "packed", torch.float32)
+    model = models.make("qwen2_5_vl", "windows")
+    report = apply_to(model)
+    want = models.run(model, batch)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.zero_()
+    report.undo()
+    found = models.run(clone, batch)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert clone.config.vision_config._attn_implementation == "patchpack_flash"
+
+
+# What is said ------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_was_replaced_and_what_was_left():
+    report = apply_to(models.make("qwen2_5_vl", "windows"))
+    text = str(report)
+    assert "model.visual.blocks.*.attn (2 of them): rotated by rows and columns" in text
+    assert "patchpack.rope, from the encoder's own tables" in text
+    assert "left as they were:\n  metadata: model.visual: tokens are put in the order" in text
+    want = {"varlen_attention", "rope_2d", "mrope", "metadata", "get_mrope_position_ids"}
+    assert want <= report.ops
+    assert {x.op for x in report.left} == {"metadata"}
+
+
+def test_attention_with_dropout_is_left():
+    config = models.CONFIGS["internvl"]["qwen2"]
+    config = {**config, "text_config": {**config["text_config"], "attention_dropout": 0.1}}
+    model = models.make("internvl", config)
+    report = apply_to(model)
+    assert [(x.op, x.path) for x in report.left] == [("varlen_attention", "model.language_model")]
+    assert "drops out 0.1" in report.left[0].why
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "patchpack_flash"
+
+
+def test_frequencies_that_were_rounded_are_kept():
+    """``model.to(bfloat16)`` rounds them, and the model that it gives is the one to be matched."""
+    model = models.make("qwen3_vl", "deepstack").to(torch.bfloat16)
+    text = str(apply_to(model))
+    assert "patchpack.rope, from the model's own tables" in text
+    assert "patchpack.rope, from the encoder's own tables" in text
+
+
+def test_ops_are_chosen_by_name():
+    model = models.make("qwen3_vl", "deepstack")
+    report = apply_to(model, ops=["mrope"])
+    assert report.ops == {"mrope"}
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    report.undo()
+    report = apply_to(model, ops=["rope_2d", "add_pos_embed"])
+    assert report.ops == {"rope_2d", "add_pos_embed"}
+
+
+@pytest.mark.parametrize(
+    "ops", [[op] for op in ("varlen_attention", "rope_2d", "mrope", "add_pos_embed", "metadata")]
+)
+def test_each_op_alone_computes_the_same(ops):
+    _check("qwen3_vl", "deepstack", "packed", torch.float32, ops=ops)
+
+
+def test_a_part_of_a_model_can_be_applied_to():
+    model = models.make("qwen2_vl", "grouped")
+    report = apply_to(model.model.visual)
+    assert report.ops == {"varlen_attention", "rope_2d", "metadata"}
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ops": ["flash"]}, ValueError, "ops must be of varlen_attention, .*, got 'flash'"),
+        ({"ops": "mrope"}, TypeError, "ops must be names of ops in a list, got 'mrope'"),
+        ({"ops": 3}, TypeError, "ops must be names of ops in a list, got 3"),
+        (
+            {"ops": ["mrope", "assemble"]},
+            ValueError,
+            "ops must fit Qwen2VL.*, got 'assemble': nothing in it does that",
+        ),
+    ],
+)
+def test_errors_come_before_anything_is_touched(options, error, message):
+    model = models.make("qwen2_vl", "grouped")
+    before = _state(model)
+    with pytest.raises(error, match=message):
+        apply_to(model, **options)
+    assert _state(model).keys() == before.keys()
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="model must be a module of transformers, got int"):
+        apply_to(3)
+    with pytest.raises(ValueError, match="model must have a part that is known, got Linear"):
+        apply_to(torch.nn.Linear(2, 2))
+    model = models.make("internvl", "qwen2")
+    apply_to(model)
+    with pytest.raises(ValueError, match=r"model must not be applied to already.* undo"):
+        apply_to(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "ops"),
+    [
+        ("qwen2_vl", "apply_rotary_pos_emb", "mrope"),
+        ("qwen3_vl", "apply_rotary_pos_emb_vision", "rope_2d"),
+        ("qwen2_5_vl", "get_vision_position_ids", "rope_2d"),
+    ],
+)
+def test_another_version_of_the_code_is_refused_whole(family, name, ops, monkeypatch):
+    """As if transformers had renamed what a model calls."""
+    from patchpack.integrations.transformers import _rewire
+
+    model = models.make(family, next(iter(models.CONFIGS[family])))
+    before = _state(model)
+
+    def names_of(function):
+        names = _rewire.names_of(function)
+        return {f"other_{x}" if x.startswith(name) else x for x in names}
+
+    for module in ("_text", "_vision"):
+        place = f"patchpack.integrations.transformers.{module}.names_of"
+        monkeypatch.setattr(place, names_of)
+    monkeypatch.setattr("patchpack.integrations.transformers._vision.Left", _no_reason)
+    monkeypatch.setattr("patchpack.integrations.transformers._text.Left", _no_reason)
+    with pytest.raises(RuntimeError, match=f"no place for {ops}"):
+        apply_to(model)
+    assert _state(model).keys() == before.keys()
+
+
+def _no_reason(op, path, why):
+    return None
+
+
+# In use ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "internvl"])
+def test_generation_goes_on_as_before(family):
+    model = models.make(family, next(iter(models.CONFIGS[family]))).eval()
+    batch = _batch(family, model, "left")
+    batch.pop("labels")
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(**batch, **options)
+    apply_to(model)
+    assert torch.equal(model.generate(**batch, **options), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_activations_give_the_same_gradients(family):
+    config = next(iter(models.CONFIGS[family]))
+    batch, _, _ = _eager(family, config, "packed", torch.float32)
+    model = models.make(family, config)
+    apply_to(model)
+    want = models.run(model, batch)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    found = models.run(model, batch)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_windows_are_grids_of_their_own():
+    grid = patchpack.PackedGrid([(2, 12, 20), (1, 4, 6)], spatial_merge_size=2)
+    windows = _vision.windows_of(grid, window_size=32, patch_size=4)
+    _, bounds = patchpack.metadata.get_vision_window_index(grid.grid_thw, 2, 32, 4)
+    assert torch.equal(windows.cu_seqlens, bounds)
+
+
+def test_crops_are_put_together_as_by_the_model():
+    model = models.make("llava_onevision", "qwen2").model
+    sizes = [(25, 70), (60, 33), (20, 20), (79, 81), (13, 90)]
+    pinpoints = model.config.image_grid_pinpoints
+    counts = [
+        transformers.models.llava_onevision.modeling_llava_onevision.image_size_to_num_patches(
+            size, pinpoints, 20
+        )
+        for size in sizes
+    ]
+    crops = [torch.randn(n, 25, 64) for n in [*counts, 1]]
+    sizes = torch.tensor([*sizes, (50, 50)])
+    for newline in (model.image_newline, None):
+        for budget in ("anyres_max_9", "anyres_max_2"):
+            want, lengths = model.pack_image_features(crops, sizes, newline, budget)
+            got, found = _tiles._pack_image_features(None, model, crops, sizes, newline, budget)
+            assert torch.equal(found, lengths)
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
