@@ -182,7 +182,7 @@ def _turn_by_positions(
     base, impl, **kwargs,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Turn ``[B, H, L, D]`` by ``position_ids`` ``[3, B, L]``, which come as cosines."""
-    batch, _, length, _ = q.shape
+    batch, length = q.shape[0], q.shape[2]
     q, k = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))  # [T, H, D]
     turned = mrope(
         q,
@@ -201,7 +201,7 @@ def _turn_by_table(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, impl, **kwargs
 ) -> tuple[Tensor, Tensor]:
     """Turn ``[B, H, L, D]`` by tables ``[B, L, D]`` whose halves are equal."""
-    batch, _, length, _ = q.shape
+    batch, length = q.shape[0], q.shape[2]
     half = cos.shape[-1] // 2
     cos, sin = (x[..., :half].float().expand(batch, length, half).flatten(0, 1) for x in (cos, sin))
     q, k = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))  # [T, H, D]
