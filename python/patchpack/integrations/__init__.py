@@ -1,0 +1,1 @@
+"""What lets other libraries run on these kernels, a package each."""
