@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_base import BatchFeature
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import infer_channel_dimension_format, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs
@@ -32,15 +33,15 @@ except ModuleNotFoundError:  # it had the plain name until the one of torchvisio
     )
 
 NAME = "Qwen2VLImageProcessor"
-# newer versions log that they would rather return an array
-ARRAYS = {"return_numpy"} & inspect.signature(convert_to_rgb).parameters.keys()
+if "return_numpy" in inspect.signature(convert_to_rgb).parameters:  # asked for, or it is logged
+    convert_to_rgb = functools.partial(convert_to_rgb, return_numpy=True)
 
 
-class ImageProcessorKwargs(getattr(Original, "valid_kwargs", ImagesKwargs), total=False):
+class ImageProcessorKwargs(getattr(Original, "valid_kwargs", ImagesKwargs), total=False):  # pyright: ignore
     dtype: torch.dtype | str
 
 
-class ImageProcessor(Original):
+class ImageProcessor(Original):  # pyright: ignore[reportGeneralTypeIssues]
     """``Qwen2VLImageProcessor`` of ``transformers``: the same patches, sooner.
 
     It goes where that one does, as into ``Qwen2VLProcessor``, ``Qwen2_5_VLProcessor`` and
@@ -155,8 +156,10 @@ class ImageProcessor(Original):
     def _choose(self, options: Mapping[str, Any]) -> _Options:
         """What a call does, by its own options and those of the processor."""
         given = {name: value for name, value in options.items() if value is not None}
-        chosen = {f.name: given.get(f.name, getattr(self, f.name, None)) for f in fields(_Options)}
-        size = given.get("size", self.size)
+        chosen: dict[str, Any] = {
+            f.name: given.get(f.name, getattr(self, f.name, None)) for f in fields(_Options)
+        }
+        size: Any = given.get("size", self.size)
         edges = {} if isinstance(size, (int, list, tuple)) else dict(size)
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if edges.get(edge) is None:
@@ -164,6 +167,8 @@ class ImageProcessor(Original):
             if name not in given and ("size" in given or chosen[name] is None):
                 chosen[name] = edges[edge]
         chosen["resample"] = _filter(chosen["resample"])
+        if chosen["do_rescale"]:
+            _check.positive("rescale_factor", chosen["rescale_factor"])
         chosen["dtype"] = _dtype(chosen["dtype"])
         return _Options(**chosen)
 
@@ -215,7 +220,7 @@ def _rgb(name: str, image: Any, convert: bool, layout: str | None) -> Tensor:
     """An image as transformers makes it RGB, ``[3, H, W]``, of its own dtype and any strides."""
     if isinstance(image, PIL.Image.Image):
         if convert and (image.mode != "RGB" or "transparency" in image.info):
-            image = convert_to_rgb(image, **dict.fromkeys(ARRAYS, True))
+            image = convert_to_rgb(image)
         image, layout = np.asarray(image), "channels_last"
         image = image if image.ndim == 3 else image[..., None]
     if isinstance(image, np.ndarray):
