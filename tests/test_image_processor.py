@@ -73,11 +73,15 @@ def test_images_of_any_size_are_the_originals(size):
 @pytest.mark.parametrize("size", SIZES[::4], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [QWEN3, {"resample": 2}, {"max_pixels": 200_000}, {"temporal_patch_size": 1, "merge_size": 3}],
-    ids=["Qwen3-VL", "bilinear", "max_pixels", "sizes"],
+    [
+        QWEN3,
+        {"resample": 2},
+        {"size": {"shortest_edge": 3136, "longest_edge": 200_000}},
+        {"temporal_patch_size": 1, "merge_size": 3},
+    ],
+    ids=["Qwen3-VL", "bilinear", "limits", "sizes"],
 )
 def test_options_are_the_originals(options, size):
-    options = {k: dict(v) if isinstance(v, dict) else v for k, v in options.items()}
     assert_same(noise(*size), {"input_data_format": "channels_last"}, **options)
 
 
@@ -251,9 +255,17 @@ def test_limits_of_a_call_go_before_those_of_the_processor():
     assert processor.get_number_of_image_patches(56, 84, {"do_resize": False}) == 24
 
 
+def test_limits_are_those_of_one_processor():
+    size = {"shortest_edge": 3136, "longest_edge": 50_000}
+    first = ImageProcessor(size=size, max_pixels=70_000)
+    assert size == {"shortest_edge": 3136, "longest_edge": 50_000}
+    second, third = ImageProcessor(max_pixels=90_000), ImageProcessor()
+    edges = [processor.size["longest_edge"] for processor in (first, second, third)]
+    assert edges == [70_000, 90_000, 28 * 28 * 1280]
+
+
 def test_what_has_no_effect_in_the_original_has_none_here():
-    options = {"do_center_crop": True, "crop_size": {"height": 20, "width": 20}}
-    assert_same(A, {"disable_grouping": True}, **options)
+    assert_same(A, do_center_crop=True, crop_size={"height": 20, "width": 20})
 
 
 # Settings ----------------------------------------------------------------------------------------
