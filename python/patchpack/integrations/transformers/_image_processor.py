@@ -63,13 +63,12 @@ class ImageProcessor(Original):  # pyright: ignore[reportGeneralTypeIssues]
         TypeError: ``dtype`` is not floating.
 
     The original has two backends. This one gives the patches of Pillow's, with Pillow 13 as in
-    ``patchpack.resize_images``: over 43 sizes from 1 x 1 to 4000 x 500, aspects up to 199, noise
-    and photos, not a bit of float32 differed. With ``rescale_factor`` or ``do_rescale`` other than
-    by default, and for images of floats, which Pillow resizes in 8 bits, values differ by rounding,
-    up to 4 units in the last place of the largest. From torchvision's, which rounds the filter's
-    weights to fewer bits, resizes the width first, and floats as they are, bytes of photos differed
-    by up to 11 of 255, or 0.1 once normalised, and noise by up to 31, or 0.47. Source:
-    ``patchpack.systems.qwen2_vl``.
+    ``patchpack.resize_images``: over 43 sizes from 1 x 1 to 3000 x 2000, aspects up to 199, noise
+    and photos, not a bit of float32 differed. Where bytes are not scaled by 1 / 255, and for images
+    of floats, which Pillow resizes in 8 bits, values differ by rounding, up to 2**-21 of the
+    largest. From torchvision's, which rounds the filter's weights to fewer bits, resizes the width
+    first, and floats as they are, photos differed by up to 11 grey levels, or 0.1 once normalised,
+    and noise by up to 31, or 0.47. Source: ``patchpack.systems.qwen2_vl``.
     """
 
     size: ClassVar = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
