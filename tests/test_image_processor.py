@@ -251,6 +251,9 @@ def test_limits_of_a_call_go_before_those_of_the_processor():
     assert patches(size=size) == planned(min_pixels=28 * 28 * 600)
     assert patches(size=size, min_pixels=28 * 28) == planned(min_pixels=28 * 28)
     assert patches(size=None, patch_size=None) == patches()
+    processor.max_pixels = 28 * 28 * 20  # older versions have it beside size
+    assert patches() == planned(max_pixels=28 * 28 * 20)
+    assert patches(size=size) == planned(min_pixels=28 * 28 * 600)
     assert processor.get_number_of_image_patches(500, 700) == patches()
     assert processor.get_number_of_image_patches(56, 84, {"do_resize": False}) == 24
 

@@ -25,7 +25,7 @@ FAULTS = [
         FILE,
         '("size" in given or chosen[name] is None)',
         "chosen[name] is None",
-        f"{TESTS} -k takes_it",
+        f"{TESTS} -k limits_of_a_call",
     ),
     Fault(
         "image processor: limits of a call lose to those of the processor",
