@@ -12,7 +12,7 @@ from patchpack.testing.catalogue import SPECS
 
 BENCH = Path(__file__).parents[1] / "bench"
 FORWARD_ONLY = ("patchify", "resize_images")  # of bytes
-BENCHES = (*SPECS, "metadata", "preprocess")
+BENCHES = (*SPECS, "image_processor", "metadata", "preprocess")
 LIMITS = dict.fromkeys(BENCHES, "copy") | {"varlen_attention": "matmul"}
 
 
@@ -98,6 +98,7 @@ def test_peers_that_are_installed_are_timed(run):
         "varlen_attention": {"SDPA loop", "eager loop"},
         "metadata": {"transformers", "patchpack"},
         "preprocess": {"transformers, PIL", "F.interpolate, torch"},
+        "image_processor": {"transformers, PIL", "transformers, torchvision"},
     }
     assert peers.keys() == set(BENCHES)
     for op, names in peers.items():
@@ -107,7 +108,7 @@ def test_peers_that_are_installed_are_timed(run):
 
 
 def test_a_data_loader_has_one_thread(run):
-    for op in ("metadata", "preprocess"):
+    for op in ("image_processor", "metadata", "preprocess"):
         timed = _of(run[0]["benchmarks"], op, "forward")
         assert {b["extra_info"]["threads"] for b in timed} == {1}
 
@@ -132,6 +133,7 @@ WORK = {
     # bounds of 2 images, twice, and of 2 windows; 7 blocks; 28 rows and columns, twice; 111 tokens
     "metadata": (2 * 3 * 4 + 3 * 4 + 7 * 8 + 2 * 28 * 2 * 8 + (3 * 111 + 1) * 8, 0),
     "preprocess": (3 * 60 * 80 + 24 * 1176 * 4, 8 * 3 * (60 * 84 + 84 * 60)),
+    "image_processor": (3 * 60 * 80 + 24 * 1176 * 4, 8 * 3 * (60 * 84 + 84 * 60)),
 }
 
 

@@ -87,9 +87,14 @@ def _bytes_of(image: Any) -> Tensor | None:
         return None
     if image.ndim < 3 or image.shape[-1] != 3:
         return None
-    if min(image.strides) < 0:  # torch has none
-        image = np.ascontiguousarray(image)
-    return torch.from_numpy(image if image.flags.writeable else np.asarray(_Writable(image)))
+    return to_tensor(image)
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A view of an array that is not written to; a copy where a stride is negative."""
+    if min(array.strides, default=0) < 0:  # torch has none
+        array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
 
 
 class _Writable:
