@@ -49,6 +49,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attend within the samples of a batch, or within the segments of a packed sequence.
 
+    Padding gives 0.
+
     What a sample is follows from the first of these that is given: ``cu_seq_lens_q``;
     ``attention_mask``, whose zeros may be before and after the tokens of a row but not among them;
     ``position_ids``, which restart where a sample does; else every row is one. Nothing is read from
@@ -125,10 +127,12 @@ def segments(
                 " query sees is patchpack's to say"
             )
         mask = attention_mask[:, -length_k:]
-        bounds_k = _bounds_of_rows(mask)
-        return (
-            bounds_k if length_q == length_k else _bounds_of_rows(mask[:, -length_q:])
-        ), bounds_k
+        if mask.shape[1] != length_k:
+            raise ValueError(
+                f"attention_mask must be of the {length_k} keys, got {list(attention_mask.shape)}:"
+                " caches with room for more are not supported"
+            )
+        return _bounds_of_rows(mask[:, -length_q:])[0], _bounds_of_rows(mask)[1]
     if position_ids is not None and length_q == length_k:
         bounds = _bounds_of_positions(position_ids.expand(batch, length_q))
         return bounds, bounds
@@ -136,14 +140,22 @@ def segments(
     return rows * length_q, rows * length_k
 
 
-def _bounds_of_rows(mask: Tensor) -> Tensor:
-    """Of each row what is before its tokens, its tokens, and what is after them: ``[3 B + 1]``."""
+def _bounds_of_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds ``[5 B + 1]`` of segments of queries, and of keys.
+
+    Of each row: queries of padding, which see no key and give 0, as in torch's own attention; keys
+    of padding, which no query sees; its tokens; and the same padding after them.
+    """
     batch, length = mask.shape
     valid = (mask != 0).int()
-    before, tokens = valid.argmax(1), valid.sum(1)
     row = torch.arange(batch, device=mask.device) * length
-    bounds = torch.stack([row, row + before, row + before + tokens], dim=1).flatten()
-    return torch.nn.functional.pad(bounds, (0, 1), value=batch * length).int()
+    begin = row + valid.argmax(1)
+    end = begin + valid.sum(1)
+    queries = torch.stack([row, begin, begin, end, row + length], dim=1)
+    keys = torch.stack([row, row, begin, end, end], dim=1)
+    pad = torch.nn.functional.pad
+    queries, keys = (pad(x.flatten(), (0, 1), value=batch * length) for x in (queries, keys))
+    return queries.int(), keys.int()
 
 
 def _bounds_of_positions(position_ids: Tensor) -> Tensor:

@@ -51,8 +51,13 @@ def attention_of(
     name = _attention.name_of(context.impl)
     for _, layer in layers:
         yield Edit("varlen_attention", "", layer.config, "_attn_implementation", name, "")
-    what = f"attention within samples, as {name!r}"
-    yield Edit("varlen_attention", path, model, "forward", method(_forward, model), what)
+    forward = type(model).forward
+    for mask in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        if can_rewire(forward, mask):
+            forward = rewired(forward, **{mask: _given_mask})
+    forward = method(functools.partial(_forward, forward), model)
+    what = f"attention within samples, without masks, as {name!r}"
+    yield Edit("varlen_attention", path, model, "forward", forward, what)
 
 
 def unfit(layer: Any) -> str | None:
@@ -65,7 +70,12 @@ def unfit(layer: Any) -> str | None:
     return None
 
 
-def _forward(self, *args, **kwargs):
+def _given_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+    """Padding alone: transformers would look into masks and positions, which are on the device."""
+    return attention_mask
+
+
+def _forward(forward, self, *args, **kwargs):
     """Find the bounds of samples once for all layers."""
     x = kwargs.get("inputs_embeds")
     x = kwargs.get("input_ids") if x is None else x
@@ -76,9 +86,9 @@ def _forward(self, *args, **kwargs):
         if position_ids is not None and position_ids.ndim == 3:  # of text first, or not at all
             position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
         batch, length = x.shape[:2]
-        bounds, _ = _attention.segments(batch, length, length, mask, position_ids, x.device)
-        kwargs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-    return type(self).forward(self, *args, **kwargs)
+        given = batch, length, length, mask, position_ids, x.device
+        kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"] = _attention.segments(*given)
+    return forward(self, *args, **kwargs)
 
 
 def _rotary_of(
