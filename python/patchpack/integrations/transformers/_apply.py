@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from patchpack.integrations.transformers import _text, _tiles, _vision
-from patchpack.integrations.transformers._merge import features, placeholders
+from patchpack.integrations.transformers._merge import both_kinds, features, placeholders
 from patchpack.integrations.transformers._report import Context, Edit, Left, Report, is_applied
 
 OPS = (
@@ -34,6 +34,7 @@ _RULES = (
     _text.language_model,
     _text.rope_index,
     features,
+    both_kinds,
     placeholders,
 )
 _QWEN = {"varlen_attention", "rope_2d", "mrope", "metadata", "get_mrope_position_ids"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,54 @@ def _features(kind: str, self, *args, **kwargs):
     if grid is not None:
         kwargs |= {packed: grid, name: grid.grid_thw}
     return getattr(type(self), f"get_{kind}_features")(self, *args, **kwargs)
+
+
+def both_kinds(path: str, model: Any, context: Context) -> Iterator[Edit | Left]:
+    """A forward pass that selects rows by masks where a batch has images and videos (Qwen3-VL)."""
+    stock = type(model).forward
+    if "visual" not in model._modules or "deepstack_features" not in names_of(stock):
+        return
+    if "mm_encoder_outputs" not in inspect.signature(stock).parameters:
+        why = "batches of images and videos select rows by masks, which waits for the device"
+        yield Left("scatter_tokens", path, why)
+        return
+    value = method(_as_images, model)
+    what = "videos of a batch with images as images, in the order of their tokens"
+    yield Edit("scatter_tokens", path, model, "forward", value, what)
+
+
+def _as_images(self, *args, **kwargs):
+    stock, pixels = type(self).forward, ("pixel_values", "pixel_values_videos")
+    ids = kwargs.get("input_ids")
+    if args or ids is None or any(kwargs.get(name) is None for name in pixels):
+        return stock(self, *args, **kwargs)
+    named = inspect.signature(stock).parameters
+    rest = {name: x for name, x in kwargs.items() if name not in named} | {"return_dict": True}
+    images, videos = (kwargs.pop(name) for name in pixels)
+    images = self.get_image_features(images, kwargs.get("image_grid_thw"), **rest)
+    videos = self.get_video_features(videos, kwargs.get("video_grid_thw"), **rest)
+
+    masks = ids == self.config.image_token_id, ids == self.config.video_token_id
+    place = (masks[0] | masks[1]).flatten().cumsum(0) - 1
+    rows = [
+        torch.nonzero_static(mask.flatten(), size=sum(map(len, found.pooler_output)))[:, 0]
+        for mask, found in zip(masks, (images, videos), strict=True)
+    ]
+    place = place[torch.cat(rows)]  # of each image's and then each video's token among all
+
+    def ordered(of_images: Sequence[Tensor], of_videos: Sequence[Tensor]) -> list[Tensor]:
+        tokens = torch.cat([*of_images, *of_videos])
+        return [torch.empty_like(tokens).index_copy(0, place, tokens)]
+
+    both = copy.copy(images)
+    both.pooler_output = ordered(images.pooler_output, videos.pooler_output)
+    levels = zip(images.deepstack_features, videos.deepstack_features, strict=True)
+    both.deepstack_features = [ordered(*level) for level in levels]
+    kwargs["input_ids"] = ids.masked_fill(masks[1], self.config.image_token_id)
+    kwargs["mm_encoder_outputs"] = {"image": both}
+    out = stock(self, **kwargs)
+    out.image_outputs, out.video_outputs = images, videos
+    return out
 
 
 def placeholders(path: str, module: Any, context: Context) -> Iterator[Edit | Left]:
