@@ -402,3 +402,194 @@ def test_crops_are_put_together_as_by_the_model():
             assert torch.equal(found, lengths)
             for x, y in zip(got, want, strict=True):
                 torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_value_is_read_back_from_the_device(family, packed):
+    """Tensors of the model are on a device that holds no values; sizes stay on the host."""
+    model = models.make(family, next(iter(models.CONFIGS[family])))
+    apply_to(model)
+    batch = collate(_samples(family, model), config=model.config, packed=packed).to("meta")
+    loss = model.to("meta")(**batch, use_cache=False).loss
+    loss.backward()
+    assert loss.device.type == "meta"
+
+
+# batches that differ in images, tokens and windows; none is alike to the one before by chance
+SIZES = [
+    [(4, 8), (8, 12)],
+    [(4, 4), (12, 4), (8, 8), (4, 16)],
+    [(8, 20), (4, 28), (12, 4)],
+    [(16, 12), (4, 8), (4, 4), (8, 4), (20, 4)],
+    [(24, 24), (4, 4)],
+    [(4, 20)] * 5,
+    [(8, 16), (12, 12), (4, 4)],
+    [(28, 8)] * 6,
+]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_compiled_encoder_is_compiled_twice_at_most(family):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = models.make(family, next(iter(models.CONFIGS[family])))
+    apply_to(model)
+    encoder, vision = model.model.visual, model.config.vision_config
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(encoder, fullgraph=True, backend=counter)
+    for sizes in SIZES:
+        grid = patchpack.PackedGrid(sizes, vision.spatial_merge_size)
+        known = {"packed_grid": grid}
+        if family == "qwen2_5_vl":
+            windows = _vision.windows_of(grid, vision.window_size, vision.patch_size)
+            index, _ = patchpack.metadata.get_vision_window_index(
+                grid.grid_thw, 2, vision.window_size, vision.patch_size
+            )
+            known |= {"packed_windows": windows, "window_index": index}
+        pixels = torch.randn(grid.num_tokens, 6 * vision.patch_size**2)
+        found = []
+        for run in (encoder, compiled):
+            encoder.zero_grad()
+            out = run(pixels, grid.grid_thw, **known)
+            out.pooler_output.square().sum().backward()
+            found.append([out.pooler_output, *(x.grad for x in encoder.parameters())])
+        for x, y in zip(*found, strict=True):
+            assert (x is None and y is None) or torch.equal(x, y)
+    assert counter.frame_count <= 2
+
+
+# Batches -----------------------------------------------------------------------------------------
+
+
+def test_collate_gives_what_the_model_would_compute():
+    from transformers import vision_utils
+
+    model = models.make("qwen2_5_vl", "windows")
+    batch = collate(_samples("qwen2_5_vl", model), config=model.config)
+    vision = model.config.vision_config
+    for kind in ("image", "video"):
+        grid_thw = batch[f"{kind}_grid_thw"]
+        assert torch.equal(
+            batch[f"{kind}_cu_seqlens"], vision_utils.get_vision_cu_seqlens(grid_thw)
+        )
+        ids = vision_utils.get_vision_position_ids(grid_thw, 2)
+        assert torch.equal(batch[f"{kind}_position_ids"], ids)
+        index, bounds = vision_utils.get_vision_window_index(
+            grid_thw, 2, vision.window_size, vision.patch_size
+        )
+        assert torch.equal(batch[f"{kind}_window_index"], index)
+        assert torch.equal(batch[f"{kind}_cu_window_seqlens"], bounds)
+        assert batch[f"{kind}_max_window_seqlen"] == bounds.diff().max()
+        assert batch[f"{kind}_max_seqlen"] == batch[f"{kind}_cu_seqlens"].diff().max()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collate_finds_the_positions_of_the_model(family, side):
+    model = models.make(family, next(iter(models.CONFIGS[family])))
+    samples = _samples(family, model)
+    plain = models.padded(samples, side=side)
+    names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    given = {name: plain[name] for name in (*names, "attention_mask") if name in plain}
+    want, deltas = model.model.get_rope_index(plain["input_ids"], **given)
+    batch = collate(samples, config=model.config, packed=False, padding_side=side)
+    for name in ("input_ids", "labels", "attention_mask", "pixel_values"):
+        assert torch.equal(batch[name], plain[name])
+    assert torch.equal(batch["position_ids"], want)
+    apply_to(model, ops=["get_mrope_position_ids"])
+    found = model.model.get_rope_index(plain["input_ids"], **given)
+    assert all(map(torch.equal, found, (want, deltas)))
+    packed = collate(samples, config=model.config)
+    rows = [
+        x[:, mask.bool()] for x, mask in zip(want.unbind(1), plain["attention_mask"], strict=True)
+    ]
+    assert torch.equal(packed["position_ids"][1:, 0], torch.cat(rows, dim=1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_batch_is_its_samples(family):
+    model = models.make(family, next(iter(models.CONFIGS[family])), dtype=torch.float64)
+    samples = _samples(family, model)
+    apply_to(model, impl="reference")
+    losses, counts = [], []
+    for x in samples:
+        alone = collate([x], config=model.config)
+        losses.append(models.run(model, alone)["loss"])
+        counts.append((alone["labels"][:, 1:] != -100).sum())
+    want = sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+    got = models.run(model, collate(samples, config=model.config))["loss"]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+def test_workers_collate():
+    model = models.make("qwen2_vl", "grouped")
+    samples = _samples("qwen2_vl", model)
+    loader = torch.utils.data.DataLoader(
+        samples * 2,
+        batch_size=3,
+        num_workers=1,
+        collate_fn=functools.partial(collate, config=model.config),
+        multiprocessing_context="spawn",
+    )
+    want = collate(samples, config=model.config)
+    for batch in loader:
+        assert batch.keys() == want.keys()
+        for name, x in want.items():
+            if isinstance(x, torch.Tensor):
+                assert torch.equal(batch[name], x)
+        assert torch.equal(batch["image_packed_grid"].grid_thw, want["image_grid_thw"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s, o: s.clear(), ValueError, r"samples must be at least one mapping.*, got \[\]"),
+        (lambda s, o: s.append(3), TypeError, r"samples\[3\] must be a mapping, got int"),
+        (lambda s, o: s[1].pop("input_ids"), ValueError, r"samples\[1\] must have input_ids"),
+        (
+            lambda s, o: s[2].update(input_ids=torch.rand(7)),
+            TypeError,
+            r"samples\[2\]\['input_ids'\] must be integers, got torch.float32",
+        ),
+        (
+            lambda s, o: s[0].update(labels=torch.zeros(3)),
+            ValueError,
+            r"samples\[0\]\['labels'\] must be of 36 tokens, as input_ids are, got \[3\]",
+        ),
+        (
+            lambda s, o: s[0].update(attention_mask=torch.tensor([0] + [1] * 35)),
+            ValueError,
+            r"samples\[0\]\['attention_mask'\] must be all ones",
+        ),
+        (
+            lambda s, o: s[1].update(image_grid_thw=torch.tensor([[1, 4, 4]])),
+            ValueError,
+            r"samples\[1\]\['input_ids'\] must have the 4 image tokens that its pixel_values"
+            " become, got 61",
+        ),
+        (
+            lambda s, o: o.update(padding_side="both"),
+            ValueError,
+            "padding_side must be 'right' or 'left', got 'both'",
+        ),
+    ],
+)
+def test_collate_says_which_sample_is_wrong(change, error, message):
+    model = models.make("qwen2_vl", "grouped")
+    samples = [dict(x) for x in _samples("qwen2_vl", model)]
+    options = {"config": model.config}
+    change(samples, options)
+    with pytest.raises(error, match=message):
+        collate(samples, **options)
+
+
+def test_collate_changes_no_sample():
+    model = models.make("llava_onevision", "qwen2")
+    samples = _samples("llava_onevision", model)
+    before = copy.deepcopy(samples)
+    collate(samples, config=model.config)
+    for x, y in zip(samples, before, strict=True):
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[name], y[name]) for name in x)
