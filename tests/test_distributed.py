@@ -4,7 +4,10 @@
 """
 
 import datetime
+import functools
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.torch_version import TorchVersion
 
 import patchpack
 from patchpack import PackedGrid, TokenLayout
@@ -32,6 +36,7 @@ from patchpack.distributed import (
     sequence_parallel_attention,
     shard_tokens,
 )
+from patchpack.distributed._sharding import RULES
 from patchpack.models import NativeViT, NativeViTConfig
 from patchpack.packing import balance
 from patchpack.testing.catalogue import SPECS
@@ -264,38 +269,35 @@ def _(group):
     mesh = DeviceMesh.from_group(group, "cpu")
     grid = PackedGrid([(2, 4), (3, 2)])
     ids = torch.randint(9, (3, grid.num_tokens))
-    turns = {
-        "rope_2d_": (patchpack.rope_2d_, grid, (None, 2)),
-        "mrope_": (
-            lambda x, at: patchpack.mrope_(x, at, mrope_section=[2, 3, 3]),
-            ids,
-            (None, 2, 0),
-        ),
-    }
-    for name, (turn, where, dims) in turns.items():
-        qkv = torch.randn(grid.num_tokens, 3, 4, 16)
-        want = turn(qkv.clone(), where)
-        seed = torch.randn(qkv.shape)
+    mrope_ = functools.partial(patchpack.mrope_, mrope_section=[2, 3, 3])
+    qkv, seed = torch.randn(2, grid.num_tokens, 3, 4, 16)
+    if TorchVersion(torch.__version__) < (2, 11):
+        with pytest.raises(RuntimeError):
+            patchpack.rope_2d_(_on_mesh(qkv, mesh), replicate(grid, mesh))
+        return
+    for turn, where, dims in ((patchpack.rope_2d_, grid, (None, 2)), (mrope_, ids, (None, 2, 0))):
         leaf = qkv.clone().requires_grad_()
-        turn(leaf * 1, where).backward(seed)
+        want = turn(leaf * 1, where)
+        want.backward(seed)
         for dim in dims:
             of = _on_mesh(where, mesh, 1 if dim == 0 else None)
             x = _on_mesh(qkv.clone(), mesh, dim)
             assert turn(x, of) is x
-            assert torch.equal(x.full_tensor(), want), f"{name}, {dim}"
+            assert torch.equal(x.full_tensor(), want), f"{turn}, {dim}"
             x = _on_mesh(qkv.clone().requires_grad_(), mesh, dim)
             turn(x * 1, of).backward(_on_mesh(seed, mesh, dim))
-            assert torch.equal(x.grad.full_tensor(), leaf.grad), f"{name}, {dim}"
-        fused = torch.randn(grid.num_tokens, 12, 16)
-        x = _on_mesh(fused, mesh, 1)
-        with pytest.raises(ValueError, match="qkv must not be sharded on dimension 1"):
-            patchpack.rope_2d_(x, replicate(grid, mesh), num_heads=(4, 4))
-        assert torch.equal(x.full_tensor(), fused)
-    x = _on_mesh(qkv, mesh, 0)  # tokens may not be sharded, and cannot be gathered in place
+            assert torch.equal(x.grad.full_tensor(), leaf.grad), f"{turn}, {dim}"
+
+    # what cannot be done where it lies is refused, and nothing is written
+    fused = _on_mesh(qkv.flatten(1, 2), mesh, 1)
+    with pytest.raises(ValueError, match="qkv must not be sharded on dimension 1"):
+        patchpack.rope_2d_(fused, replicate(grid, mesh), num_heads=(4, 4))
+    assert torch.equal(fused.full_tensor(), qkv.flatten(1, 2))
+    x = _on_mesh(qkv.clone(), mesh, 0)
     with pytest.raises(RuntimeError):
         patchpack.rope_2d_(x, replicate(grid, mesh))
     assert torch.equal(x.full_tensor(), qkv)
-    q, k = _on_mesh(qkv[:, 0], mesh, 1), _on_mesh(qkv[:, 1], mesh)
+    q, k = _on_mesh(qkv[:, 0].clone(), mesh, 1), _on_mesh(qkv[:, 1].clone(), mesh)
     with pytest.raises(RuntimeError, match="k must be placed as q"):
         torch.ops.patchpack.mrope_.native(q, k, _on_mesh(ids, mesh), [2, 3, 3], False, 1e6, False)
     assert torch.equal(q.full_tensor(), qkv[:, 0])
@@ -587,6 +589,153 @@ def _(group):
             _close(*pair, 1e-5, f"gradient of {name}")
         for name, *pair in zip(dict(alone.named_parameters()), weights, want[2], strict=True):
             _close(*pair, 1e-5, name)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@check("arguments that do not fit", (2,))
+def _(group):
+    rank = group.rank()
+    lengths = [4, 2]
+    grid = PackedGrid([(2, 3)])
+    q = torch.zeros(lengths[rank], 4, 16)
+    attend = functools.partial(sequence_parallel_attention, group=group)
+    arguments = {"q": q, "k": q, "v": q, "cu_seqlens": grid.cu_seqlens, "lengths": lengths}
+    attend(**arguments)
+    odd, three = q[:, :3], q[:, :3]
+    for error, message, changes in (
+        (ValueError, r"q must have heads that divide by the 2 ranks, got 3", {"q": odd}),
+        (ValueError, r"k must have heads that divide by the 2 .*, got 3", {"k": three, "v": three}),
+        (ValueError, r"k must have heads that divide q's 4, got 8", {"k": q.repeat(1, 2, 1)}),
+        (ValueError, r"k must have shape \[\d, \*, 16\], got ", {"k": q[:1]}),
+        (ValueError, r"v must have shape \[\d, 4, 16\], got ", {"v": q[:, :2]}),
+        (TypeError, r"k must have the dtype of q, torch.float32, got ", {"k": q.half()}),
+        (ValueError, r"q must have the \d tokens of rank \d, got ", {"lengths": [3, 3]}),
+        (ValueError, r"lengths must be 0 or more for each of 2 ranks, ", {"lengths": [6]}),
+        (ValueError, r"lengths must be 0 or more for each of 2 ranks, ", {"lengths": [7, -1]}),
+        (TypeError, r"lengths must be a list or tuple of integers, ", {"lengths": 3}),
+        (
+            ValueError,
+            r"cu_seqlens must be on the device of q",
+            {"cu_seqlens": grid.cu_seqlens.to("meta")},
+        ),
+    ):
+        changes = (
+            {"v": changes["k"], **changes} if message.startswith("k must have heads") else changes
+        )
+        with pytest.raises(error, match=message):
+            attend(**{**arguments, **changes})
+    with pytest.raises(TypeError, match="group must be a ProcessGroup or None, got int"):
+        even_lengths(3, group=3)
+    with pytest.raises(ValueError, match="num_tokens must be at least 0, got -1"):
+        even_lengths(-1, group=group)
+    with pytest.raises(ValueError, match=r"x must have the 6 tokens of lengths, got \[5\]"):
+        shard_tokens(torch.zeros(5), lengths, group=group)
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        shard_tokens([0], lengths, group=group)
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        gather_tokens([0], lengths, group=group)
+    with pytest.raises(ValueError, match=r"x must have the \d tokens of rank \d, got \[6\]"):
+        gather_tokens(torch.zeros(6), lengths, group=group)
+
+    pixels, sizes = torch.zeros(6, 4), [[(1, 2, 3)]] * 2
+    encode = functools.partial(encode_images, group=group)
+    for error, message, changes in (
+        (TypeError, "encoder must be callable, got int", {"encoder": 3}),
+        (ValueError, r"pixels must have shape \[\*, \*\]", {"pixels": torch.zeros(6)}),
+        (ValueError, "pixels must have the 6 tokens of grid", {"pixels": torch.zeros(5, 4)}),
+        (TypeError, "grid must be a PackedGrid, got list", {"grid": [(2, 3)]}),
+        (ValueError, "sizes must be those of 2 ranks, got 1", {"sizes": sizes[:1]}),
+        (TypeError, "sizes must be a list of sizes for each rank, got int", {"sizes": 3}),
+        (
+            ValueError,
+            r"sizes\[0\]\[0\] must be \(t, h, w\) of 1 or more",
+            {"sizes": [[(2, 3)], []]},
+        ),
+        (ValueError, r"sizes\[\d\] must be those of grid, ", {"sizes": [[(1, 3, 2)]] * 2}),
+        (ValueError, "merge_size must be at least 1, got 0", {"merge_size": 0}),
+        (ValueError, "grid must have rows and columns that divide by 2", {"merge_size": 2}),
+        (ValueError, r"cost\[0\] must be at least 0", {"cost": lambda size: -1}),
+    ):
+        arguments = {"encoder": lambda x, grid: x, "pixels": pixels, "grid": grid, "sizes": sizes}
+        with pytest.raises(error, match=message):
+            encode(**{**arguments, **changes})
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    with pytest.raises(TypeError, match="value must be a tensor, a PackedGrid or a TokenLayout"):
+        replicate([1], mesh)
+    with pytest.raises(TypeError, match="mesh must be a DeviceMesh, got ProcessGroup"):
+        replicate(q, group)
+
+
+def test_without_a_process_group_one_is_asked_for():
+    grid = PackedGrid([(1, 1)])
+    for function in (
+        lambda: even_lengths(3),
+        lambda: shard_tokens(torch.zeros(3), [3]),
+        lambda: encode_images(lambda x, grid: x, torch.zeros(1, 1), grid),
+    ):
+        with pytest.raises(ValueError, match="group must exist: call "):
+            function()
+
+
+# ------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.skipif(patchpack.available("rope", "native") is not None, reason="slow without C++")
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(n, name) for name, (wanted, _) in CHECKS.items() for n in wanted]
+)
+def test_ranks_compute_what_one_does(errors, ranks, name):
+    for rank, found in enumerate(errors[ranks]):
+        assert name not in found, f"rank {rank}:\n{found[name]}"
+
+
+def _operators() -> list[str]:
+    """Operators with an overload for each implementation: not those of integers on the host."""
+    names = (n.removeprefix("patchpack::") for n in torch._C._dispatch_get_all_op_names())
+    return sorted(n.partition(".")[0] for n in names if n.endswith(".native"))
+
+
+@pytest.mark.parametrize("name", _operators())
+def test_every_operator_has_a_rule_of_its_arguments(name):
+    registered = DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
+    packet = getattr(torch.ops.patchpack, name)
+    for overload in packet.overloads():
+        assert getattr(packet, overload) in registered
+    schema = getattr(packet, packet.overloads()[-1])._schema
+    tensors = [a for a in schema.arguments if "Tensor" in str(a.type)]
+    signatures = [rule for key, (rule, _) in RULES.items() if key.partition(",")[0] == name]
+    assert signatures, f"{name} has no rule"
+    for signature in signatures:
+        before, after = (terms.split() for terms in signature.split("->"))
+        assert (len(before), len(after)) == (len(tensors), len(schema.returns))
+
+
+def test_every_op_is_tried_with_all_placements():
+    assert SHARDED.keys() == SPECS.keys()
+    assert {rule.partition(",")[0] for rule in RULES} == set(_operators())
+
+
+def test_the_example_trains_as_one_process_does(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # any free port
+    script = ROOT / "docs/distributed.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *rendezvous, script, "--steps", "3"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    *steps, last = done.stdout.strip().splitlines()
+    losses = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in steps]
+    assert len(losses) == 3
+    assert losses[2][0] < losses[0][0]
+    assert all(abs(ours - alone) < 1e-4 * alone for ours, alone, *_ in losses)
+    assert last == "the losses of 2 ranks are those of one process"
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ def register_sharding() -> None:
     ===================  ==================================================================
 
     Heads and channels must divide by the number of devices of the mesh. Queries and keys of a
-    rotary op are independent: either alone may be sharded, but in place both. Attention needs both,
-    so that a query finds its key, but if there is one key head: then queries alone are sharded, and
-    the gradients of keys and values are ``Partial``, sums over devices in another order than on one
-    device.
+    rotary op are independent: either alone may be sharded, but in place both, for which torch 2.10
+    has no sharding and raises. Attention needs both, so that a query finds its key, but if there is
+    one key head: then queries alone are sharded, and the gradients of keys and values are
+    ``Partial``, sums over devices in another order than on one device.
 
     Tokens are not sharded where ``grid`` or ``cu_seqlens`` say, in coordinates of the whole
     sequence, which rows belong together: a device that holds a part of them would read those of
