@@ -1,6 +1,6 @@
 """Many ranks compute what one does. As a script, this file runs ``CHECKS`` on some ranks.
 
-``python tests/test_distributed.py RANKS FILE`` writes what went wrong in each, which tests ask for.
+``python tests/test_distributed.py RANKS FILE`` writes what went wrong in each, by rank and name.
 """
 
 import datetime
@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -75,14 +74,11 @@ def _work(rank: int, ranks: int, folder: str) -> None:
         # of its own, so that a rank that stops in the middle leaves nothing for the next one
         group = dist.new_group(timeout=datetime.timedelta(seconds=30))
         torch.manual_seed(0)
-        begin = time.perf_counter()
         try:
             function(group)
         except Exception:
             errors[name] = traceback.format_exc()
         dist.barrier()
-        if rank == 0:
-            print(f"{time.perf_counter() - begin:6.1f} s  {name}", flush=True)
     Path(folder, f"{rank}.json").write_text(json.dumps(errors))
     dist.destroy_process_group()
 
@@ -93,19 +89,6 @@ def main() -> None:
         torch.multiprocessing.spawn(_work, (ranks, folder), nprocs=ranks)
         errors = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
     out.write_text(json.dumps(errors))
-
-
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory):
-    """By number of ranks, what went wrong on each of them."""
-    found = {}
-    for ranks in RANKS:
-        out = tmp_path_factory.mktemp("ranks") / "errors.json"
-        command = [sys.executable, __file__, str(ranks), out]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found[ranks] = json.loads(out.read_text())
-    return found
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str = "") -> None:
@@ -543,6 +526,21 @@ def _(group):
         )
 
 
+@check("a group of some of the ranks", (4,))
+def _(_):
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    which, rank = dist.get_rank() % 2, dist.get_rank() // 2
+    group = groups[which]
+    assert even_lengths(5, group=group) == [3, 2]
+    x = torch.arange(5) + 10 * which
+    assert torch.equal(gather_tokens(x.split([3, 2])[rank], [3, 2], group=group), x)
+    # each group has one image, on its first rank
+    grid = PackedGrid([(2, 4 + which)] if rank == 0 else [])
+    pixels = torch.full((grid.num_tokens, 1), float(which))
+    got = encode_images(lambda x, grid: x + grid.num_tokens, pixels, grid, group=group)
+    assert got.tolist() == [[which + 8.0 + 2 * which]] * grid.num_tokens
+
+
 # -------------------------------------------------------------------------------------------- FSDP
 
 
@@ -684,12 +682,18 @@ def test_without_a_process_group_one_is_asked_for():
 
 
 @pytest.mark.skipif(patchpack.available("rope", "native") is not None, reason="slow without C++")
-@pytest.mark.parametrize(
-    ("ranks", "name"), [(n, name) for name, (wanted, _) in CHECKS.items() for n in wanted]
-)
-def test_ranks_compute_what_one_does(errors, ranks, name):
-    for rank, found in enumerate(errors[ranks]):
-        assert name not in found, f"rank {rank}:\n{found[name]}"
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_compute_what_one_does(ranks, tmp_path):
+    out = tmp_path / "errors.json"
+    command = [sys.executable, __file__, str(ranks), out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = [
+        f"{name}, rank {rank}:\n{error}"
+        for rank, found in enumerate(json.loads(out.read_text()))
+        for name, error in found.items()
+    ]
+    assert not errors, "\n".join(errors)
 
 
 def _operators() -> list[str]:

@@ -45,6 +45,7 @@ LAYERS = {
     " patchpack.packing patchpack.reference",
     "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
     " patchpack.metadata patchpack.packing",
+    "patchpack.distributed": "torch patchpack patchpack._check patchpack.packing",
     "patchpack.models": "torch patchpack patchpack._check patchpack.metadata patchpack.packing",
     "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
     " patchpack.layout patchpack.packing patchpack.reference",

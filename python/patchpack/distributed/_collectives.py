@@ -13,8 +13,7 @@ def check_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The process group that is meant, by default that of all processes."""
     if not dist.is_initialized():
         raise ValueError("group must exist: call torch.distributed.init_process_group first")
-    if group is None:
-        return dist.group.WORLD  # pyright: ignore[reportReturnType]
+    group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or None, got {type(group).__name__}")
     return group
@@ -29,7 +28,7 @@ class _Exchange(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):
         return _Exchange.apply(grad, *ctx.way_back), None, None, None
 
 
@@ -40,4 +39,4 @@ def exchange(
 
     Gradients go the way back.
     """
-    return _Exchange.apply(x, list(send), list(receive), group)  # pyright: ignore
+    return _Exchange.apply(x, list(send), list(receive), group)
