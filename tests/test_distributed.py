@@ -302,6 +302,18 @@ def _(group):
         assert torch.equal(got.full_tensor(), want)
 
 
+@check("Triton's kernels are sharded likewise", (2,))
+def _(group):
+    mesh = DeviceMesh.from_group(group, "cpu")
+    grid = PackedGrid([(1, 2)])
+    q, k = torch.randn(2, 2, 2, 16)
+    want = patchpack.rope_2d(q, k, grid, impl="triton")
+    q, k = (_on_mesh(x, mesh, 1) for x in (q, k))
+    got = patchpack.rope_2d(q, k, replicate(grid, mesh), impl="triton")
+    assert [x.placements for x in got] == [(Shard(1),)] * 2
+    assert all(torch.equal(x.full_tensor(), y) for x, y in zip(got, want, strict=True))
+
+
 @check("a mesh of two dimensions", (4,))
 def _(group):
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2))
@@ -611,6 +623,7 @@ def _(group):
         (ValueError, r"v must have shape \[\d, 4, 16\], got ", {"v": q[:, :2]}),
         (TypeError, r"k must have the dtype of q, torch.float32, got ", {"k": q.half()}),
         (ValueError, r"q must have the \d tokens of rank \d, got ", {"lengths": [3, 3]}),
+        (TypeError, r"cu_seqlens must be a tensor, got list", {"cu_seqlens": [0, 6]}),
         (ValueError, r"lengths must be 0 or more for each of 2 ranks, ", {"lengths": [6]}),
         (ValueError, r"lengths must be 0 or more for each of 2 ranks, ", {"lengths": [7, -1]}),
         (TypeError, r"lengths must be a list or tuple of integers, ", {"lengths": 3}),

@@ -143,8 +143,8 @@ def sequence_parallel_attention(
 
     Raises:
         ValueError: A shape, a number of heads, ``lengths``, a device, a number or ``impl`` does not
-            fit, or there is no process group. Each rank checks its own arguments, before anything
-            is sent.
+            fit, or there is no process group. Each rank checks its own tensors and ``lengths``
+            before anything is sent; the other options are the same on all ranks.
         TypeError: A dtype or a type does not fit.
 
     A rank sends ``(Hq + 2 max(Hk, ranks) + Hq) D`` numbers a token of its own, less what it keeps.
@@ -159,6 +159,7 @@ def sequence_parallel_attention(
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    _check.shape("cu_seqlens", cu_seqlens, None)
     _check.same_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     _check_own("q", q, lengths, group)
     if q.shape[1] == 0 or q.shape[1] % n:

@@ -72,13 +72,11 @@ def register_sharding() -> None:
     pass and in place; whatever else comes is redistributed by ``DTensor`` first, or refused in
     place:
 
-    ===================  ==================================================================
-    heads                ``rope``, ``rope_2d``, ``mrope``, ``varlen_attention`` (dimension 0
-                         of ``lse``), the first three in place too
-    tokens               ``rope`` with its tables, ``mrope`` with its ``position_ids``
-    channels             ``add_pos_embed`` with its table, ``interpolate_tokens``,
-                         ``assemble`` and ``scatter_tokens`` with their vectors
-    ===================  ==================================================================
+    - heads: ``rope``, ``rope_2d``, ``mrope``, ``rope_2d_`` and ``mrope_``, and
+      ``varlen_attention``, whose ``lse`` has them on dimension 0;
+    - tokens: ``rope`` with its tables, ``mrope`` and ``mrope_`` with their ``position_ids``;
+    - channels: ``add_pos_embed`` with its table, ``interpolate_tokens``, ``assemble`` and
+      ``scatter_tokens`` with their vectors.
 
     Heads and channels must divide by the number of devices of the mesh. Queries and keys of a
     rotary op are independent: either alone may be sharded, but in place both, for which torch 2.10
@@ -94,8 +92,10 @@ def register_sharding() -> None:
     images, ``patchify`` and ``resize_images``, is replicated: images are shared out among devices
     as a whole, which ``encode_images`` does.
 
-    Both results of a rotary op have to be used where there is a gradient: PyTorch would give the
-    other one a gradient of zeros that is no ``DTensor``, and refuse it.
+    References (``impl="reference"``, and float64) have no rules: they are eager code, with which
+    ``DTensor`` does what it can. Both results of a rotary op have to be used where there is a
+    gradient: PyTorch would give the other one a gradient of zeros that is no ``DTensor``, and
+    refuse it.
     """
     for name in {rule.partition(",")[0] for rule in RULES}:
         for overload in getattr(torch.ops.patchpack, name).overloads():
