@@ -118,7 +118,7 @@ SHARDED = {
     "resize_images": {},
 }
 # what may not be sharded, and is redistributed
-GATHERED = {
+REDISTRIBUTED = {
     "rope_2d": {"q": 0, "k": 0},
     "varlen_attention": {"q": 0, "k": 0, "v": 0},
     "add_pos_embed": {"x": 0},
@@ -163,28 +163,28 @@ def _leaves(inputs: dict, names) -> dict[str, torch.Tensor]:
     return {name: x for name, x in found.items() if x.requires_grad}
 
 
-def _run(op: str, inputs: dict, seeds: list[torch.Tensor] | None):
-    """Results, gradients, and the seeds of the backward pass."""
+def _run(op: str, inputs: dict, seeds: list[torch.Tensor] | None, whole: bool = False):
+    """Results, gradients, and the seeds of the backward pass: sharded as results, or ``whole``."""
     found = SPECS[op].op(**inputs, impl="native")
     found = found if isinstance(found, (tuple, list)) else [found]
     outs = [x for x in found if isinstance(x, torch.Tensor)]
-    if seeds is None:
-        seeds = [torch.randn(x.shape) for x in outs]
+    seeds = seeds or [torch.randn(x.shape) for x in outs]
     leaves = _leaves(inputs, SPECS[op].grads)
     if leaves:
-        of = [
-            distribute_tensor(seed, x.device_mesh, x.placements, src_data_rank=None)
-            if isinstance(x, DTensor)
-            else seed
-            for x, seed in zip(outs, seeds, strict=True)
-        ]
-        # -inf of a query without keys has no gradient
+        of = []
+        for x, seed in zip(outs, seeds, strict=True):
+            if isinstance(x, DTensor):
+                placements = [Replicate()] if whole else x.placements
+                seed = distribute_tensor(seed, x.device_mesh, placements, src_data_rank=None)
+            of.append(seed)
         torch.autograd.backward(outs, of)
     return outs, {name: x.grad for name, x in leaves.items()}, seeds
 
 
 def _is_legal(op: str, how: str, inputs: dict, sharded: dict[str, int], ranks: int) -> bool:
-    """Whether heads and channels divide, so that nothing has to be gathered."""
+    """Whether heads and channels divide, so that nothing has to be redistributed."""
+    if not sharded:
+        return True
     if op == "varlen_attention" and (how == "queries alone") != (inputs["k"].shape[1] == 1):
         return False
     sizes = [inputs[name].shape[dim] for name, dim in sharded.items() if inputs[name] is not None]
@@ -204,11 +204,9 @@ def _check_op(op: str, group: dist.ProcessGroup) -> None:
     for case, options in cases.items():
         plain = _inputs(op, options)
         want, want_grads, seeds = _run(op, plain, None)
-        ways = {"replicated": {}, **SHARDED[op]}
-        if op in GATHERED:
-            ways["gathered"] = GATHERED[op]
-        if op == "assemble" and plain["tokens"].ndim == 3:
-            ways["channels"] = {"tokens": 2, "vectors": 1}
+        ways = {"replicated": {}, **SHARDED[op], "redistributed": REDISTRIBUTED.get(op, {})}
+        if "channels" in ways:
+            ways["whole gradients"] = ways["channels"]
         for how, sharded in ways.items():
             inputs = {
                 name: _on_mesh(x, mesh, sharded.get(name))
@@ -216,7 +214,7 @@ def _check_op(op: str, group: dist.ProcessGroup) -> None:
             }
             what = f"{op}, {case}, {how}"
             with CommDebugMode() as sent:
-                outs, grads, _ = _run(op, inputs, seeds)
+                outs, grads, _ = _run(op, inputs, seeds, how == "whole gradients")
             for got, x in zip(outs, want, strict=True):
                 assert torch.equal(got.full_tensor(), x), what
             assert grads.keys() == want_grads.keys()
@@ -226,9 +224,9 @@ def _check_op(op: str, group: dist.ProcessGroup) -> None:
                     _close(grad, want_grads[name], 1e-5, f"{what}, gradient of {name}")
                 else:
                     assert torch.equal(grad.full_tensor(), want_grads[name]), f"{what}, {name}"
-            if how == "gathered":
+            if how == "redistributed":
                 assert outs[0].placements != (Shard(0),), what
-            elif how == "replicated" or _is_legal(op, how, plain, sharded, group.size()):
+            elif how != "whole gradients" and _is_legal(op, how, plain, sharded, group.size()):
                 legal.add(how)
                 assert sent.get_total_counts() == 0, f"{what}: {sent.get_comm_counts()}"
                 for name, dim in sharded.items():
