@@ -450,7 +450,8 @@ def _model(dtype=torch.float32, impl=None, **changes):
     return model.to(dtype)
 
 
-SIZES = [[(1, 8, 12), (1, 2, 2), (2, 4, 4)], [(1, 2, 6)], [], [(1, 4, 4), (3, 2, 2)]]
+# two ranks take the second and third of these images, and the first and fourth
+SIZES = [[(1, 4, 8), (1, 4, 10), (2, 2, 2)], [(1, 2, 6)], [], [(1, 4, 4), (3, 2, 2)]]
 
 
 def _images(group, sizes=SIZES, dtype=torch.float32):

@@ -92,7 +92,7 @@ FAULTS = [
         SEQUENCE,
         "sum(lengths[: group.rank()])",
         "lengths[0] * group.rank()",
-        TWO,
+        FOUR,
     ),
     Fault(
         "sequences: key heads on several ranks take turns",
