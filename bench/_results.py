@@ -132,6 +132,17 @@ class Packing(TypedDict):
     balance: list[dict[str, float]]
 
 
+class Distributed(TypedDict):
+    """What ``bench_packing.py distributed`` writes; rows are of a number of ranks, in bytes."""
+
+    machine: Machine
+    date: str
+    images: int
+    images_a_rank: int
+    model: dict[str, int]
+    rows: list[dict[str, float]]
+
+
 class Compiled(TypedDict):
     """What ``make compiled`` writes; see ``compiled/rows.py``."""
 
@@ -238,6 +249,7 @@ class Descriptors(TypedDict):
 FORMS = {
     "scaling": Scaling,
     "packing": Packing,
+    "distributed": Distributed,
     "compiled": Compiled,
     "attention-tiles": Tiles,
     "attention-descriptors": Descriptors,

@@ -1,6 +1,7 @@
 """The benchmarks run, count right, and refuse what is wrong."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -337,6 +338,46 @@ def test_packing_is_compared_with_the_usual_ways_and_the_bounds(tmp_path):
     for row in results["balance"]:
         assert 1 <= row["lower bound"] <= row["balance"] + 1e-9 < row["in turn"]
         assert row["batches"] == results["images"] // row["images"]
+
+
+def test_what_ranks_send_each_other_is_counted(tmp_path):
+    printed = _python("bench_packing.py", "distributed", "--quick", "--out", tmp_path)
+    assert (tmp_path / "distributed.png").stat().st_size > 0
+    assert not (tmp_path / "packing.json").exists()
+    results = json.loads((tmp_path / "distributed.json").read_text())
+    model, rows = results["model"], results["rows"]
+    assert 6.6e8 < model["parameters"] < 6.8e8  # of Qwen2-VL-7B
+    assert [row["ranks"] for row in rows] == [1, 2, 4, 8, 16]
+    for row in rows:
+        n = row["ranks"]
+        assert row["batches"] == 1000 // (32 * n)
+        assert 1 <= row["balance"] <= row["at home"]
+        assert row["fully_shard"] == 3 * 2 * model["parameters"] * (n - 1) / n
+        # of all patches leave home that do not stay by chance: 1176 numbers, and 2 x 3584 / 4 back
+        most = row["patches"] * (1176 + 2 * 3584 / 4) * 2
+        assert most * 0.6 * (n - 1) / n <= row["encode_images"] <= most * (n > 1)
+        assert row["encode_images"] <= row["encode_images, most"]
+        # 32 layers of q, k, v, the output and their gradients
+        wanted = row["patches"] * 32 * 8 * 1280 * 2 * (n - 1) / n
+        assert math.isclose(row["sequence_parallel"], wanted)
+        assert f"{row['encode_images'] / 1e6:.0f}" in printed
+
+
+def test_two_ranks_send_what_is_not_at_home():
+    _python(
+        "-c",
+        """
+import numpy as np
+import bench_packing
+
+bench_packing.IMAGES_A_RANK = 2
+step = bench_packing._step(np.array([40, 48, 4, 8]), np.array([5.0, 4.0, 1.0, 1.0]), 2)
+# the second image is encoded on the other rank, and the last one
+assert step["balance"] == 6 / 5.5 and step["at home"] == 9 / 5.5 and step["patches"] == 50
+assert step["encode_images"] == 56 * 1176 + 2 * 14 * 3584
+assert step["encode_images, most"] == 2 * (48 * 1176 + 12 * 3584 + 2 * 3584)
+""",
+    )
 
 
 def test_a_second_run_takes_the_place_of_the_first(run, tmp_path):

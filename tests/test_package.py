@@ -45,8 +45,10 @@ LAYERS = {
     " patchpack.packing patchpack.reference",
     "patchpack.systems": "numpy torch PIL patchpack patchpack._check patchpack.layout"
     " patchpack.metadata patchpack.packing",
+    "patchpack.distributed": "torch patchpack patchpack._check patchpack.packing",
     "patchpack.integrations": "numpy torch PIL transformers patchpack patchpack._check"
-    " patchpack._resampling patchpack.packing patchpack.systems",
+    " patchpack._resampling patchpack.layout patchpack.metadata patchpack.packing"
+    " patchpack.systems",
     "patchpack.models": "torch patchpack patchpack._check patchpack.metadata patchpack.packing",
     "patchpack.testing": "numpy torch triton patchpack patchpack._interpreter patchpack.kernels"
     " patchpack.layout patchpack.packing patchpack.reference",

@@ -22,6 +22,10 @@ def check(impl: str, qkv: Tensor, num_heads: Sequence[int] | None) -> None:
             raise ValueError(f"num_heads must be two counts of 1 or more, got {num_heads}")
         _check.shape("qkv", qkv, None, counts[0] + 2 * counts[1], None)
     _check.floating(impl, qkv=qkv)
+    placements = getattr(qkv, "placements", ())  # of a DTensor
+    if any(placement.is_shard(1) for placement in placements):
+        # its heads would be copies, and what is written there lost
+        raise ValueError(f"qkv must not be sharded on dimension 1, got {placements}")
     if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:
         raise ValueError(
             f"qkv must have a contiguous last dimension, got strides {list(qkv.stride())}"
