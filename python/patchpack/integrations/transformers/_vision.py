@@ -159,7 +159,9 @@ def _forward(spec: _Tower, self, hidden_states: Tensor, grid_thw: Tensor, **kwar
                 num_windows=windows.num_segments,
             )
         windows = windows.to(device)
-        given |= {"cu_window_seqlens": windows.cu_seqlens, "max_window_seqlen": windows.max_seqlen}
+        given["cu_window_seqlens"] = windows.cu_seqlens
+        # of a whole window, whatever the batch: a length that changed would be compiled anew
+        kwargs["max_window_seqlen"] = (spec.windows[0] // spec.windows[1]) ** 2
     kwargs = given | {name: x for name, x in kwargs.items() if x is not None}
     if spec.table is not None:
         indices, weights = spec.table
