@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -593,3 +598,20 @@ def test_collate_changes_no_sample():
     for x, y in zip(samples, before, strict=True):
         assert x.keys() == y.keys()
         assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_the_example_trains_as_without_patchpack():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # any free port
+    done = subprocess.run(
+        [*command, *rendezvous, Path(__file__).parents[1] / "docs/finetune.py", "--steps", "4"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"step \d: \d+ tokens, loss ([\d.]+), unpatched ([\d.]+)", done.stdout)
+    losses = [(float(ours), float(plain)) for ours, plain in found]
+    assert len(losses) == 4
+    assert losses[-1][0] < losses[0][0] - 1
+    assert all(abs(ours - plain) < 1e-4 * plain for ours, plain in losses)
