@@ -539,16 +539,12 @@ class NativeViT(nn.Module):
             patch = torch.arange(grid.num_tokens, device=device)
             segment = torch.searchsorted(grid.cu_seqlens[1:].long(), patch, right=True)
             before = torch.arange(grid.num_segments + 1, dtype=torch.int32, device=device)
-            return Tokens(grid, grid.cu_seqlens + before, patches=patch + segment + 1)
+            place = patch + (segment + 1).clamp(max=grid.num_segments)  # padding has no segment
+            return Tokens(grid, grid.cu_seqlens + before, patches=place)
         if config.window_size is None:
             return Tokens(grid, grid.cu_seqlens)
         m = config.spatial_merge_size
-        blocks, cu_windows = (
-            x.to(device, non_blocking=True)
-            for x in metadata.get_vision_window_index(
-                grid.grid_thw, m, config.window_size, config.patch_size
-            )
-        )
+        blocks, cu_windows = self._windows(grid)
         order = (blocks[:, None] * m * m + torch.arange(m * m, device=device)).flatten()
         table = None
         if config.rope_axes is not None:
@@ -557,3 +553,23 @@ class NativeViT(nn.Module):
             angle = grid.position_ids[order, :, None] * config.rope_base**-exponent
             table = angle.flatten(1).cos().float(), angle.flatten(1).sin().float()  # [T, D / 2]
         return Tokens(grid, grid.cu_seqlens, cu_windows, table, order.argsort())
+
+    def _windows(self, grid: PackedGrid) -> tuple[Tensor, Tensor]:
+        """Which block is at each place of windowed order, and where windows begin and end."""
+        config, device = self.config, grid.geometry.device
+        m, pixels = config.spatial_merge_size, (config.window_size, config.patch_size)
+        if not torch.compiler.is_compiling() and grid.block_size is None:
+            found = metadata.get_vision_window_index(grid.grid_thw, m, *pixels)
+            return tuple(x.to(device, non_blocking=True) for x in found)
+        # shapes follow from those of the grid alone: there is room for all windows that can be
+        first, rows, cols = grid.geometry.unbind(dim=1)  # [G + 1] each
+        frames = first.diff() // (rows * cols)[:-1]
+        grid_thw = torch.stack([frames, rows[:-1], cols[:-1]], dim=1)
+        num_blocks = grid.num_tokens // m**2
+        num_windows = num_blocks  # at least one block each, and
+        if not grid.merge_temporal:  # a frame of n blocks has at most 1 + (n - 1) / side
+            side = config.window_size // m // config.patch_size
+            num_windows = grid.num_segments + num_blocks // side
+        lengths = {"num_tokens": grid.num_tokens, "num_windows": num_windows}
+        blocks, bounds = metadata.get_vision_window_index(grid_thw, m, *pixels, **lengths)
+        return blocks, torch.minimum(bounds, grid.cu_seqlens[-1])  # padding is in no window

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -76,6 +76,20 @@ def cu_seqlens_of(geometry: Tensor, frames: Tensor, num_segments: int) -> Tensor
     grid, frame = place_of(bounds_of(frames), num_segments + 1)
     first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [num_segments + 1] each
     return (first + frame * rows * cols).clamp(max=geometry[-1, 0]).int()
+
+
+def padded_metadata(
+    sizes: Tensor, num_segments: int, merge_temporal: bool
+) -> tuple[Tensor, Tensor]:
+    """Geometry and segments where the last of ``sizes`` ``[G, 3]`` is padding, and in no segment.
+
+    What there is room for and does not come has no frames, and segments have no tokens.
+    """
+    geometry = geometry_of(sizes)
+    if merge_temporal:
+        return geometry, geometry[:-1, 0].int()
+    cu_seqlens = cu_seqlens_of(geometry, sizes[:, 0], num_segments)
+    return geometry, cu_seqlens.clamp(max=int(geometry[-2, 0]))
 
 
 def position_ids_of(
@@ -296,6 +310,7 @@ class PackedGrid:
         geometry: int64 ``[G + 1, 3]``, on ``device``: first token, rows and columns of each grid;
             the last row is ``(T, 1, 1)``. It is what kernels read.
         cu_seqlens: int32 ``[S + 1]``, on ``device``: where attention segments begin and end.
+        block_size: Side of the blocks that ``padded`` added, ``None`` without padding.
 
     Raises:
         TypeError: ``grid_thw`` or ``spatial_merge_size`` does not hold integers, or
@@ -312,6 +327,7 @@ class PackedGrid:
     max_seqlen: int = field(init=False)
     geometry: Tensor = field(init=False, repr=False)
     cu_seqlens: Tensor = field(init=False, repr=False)
+    block_size: int | None = field(init=False)
     _sizes: Tensor = field(init=False, repr=False)
     _position_ids: Tensor | None = field(init=False, repr=False)
     _origin: Tensor | None = field(init=False, repr=False)  # sizes of what was resized to this
@@ -359,7 +375,12 @@ class PackedGrid:
         self._set(found, spatial_merge_size, merge_temporal, _device(device))
 
     def _set(
-        self, found: tuple, spatial_merge_size: int, merge_temporal: bool, device: torch.device
+        self,
+        found: tuple,
+        spatial_merge_size: int,
+        merge_temporal: bool,
+        device: torch.device,
+        block_size: int | None = None,
     ) -> None:
         """Set all fields; of the sizes there are two, for kernels to trust and to look at."""
         sizes, grid_thw, geometry, cu_seqlens, num_tokens, max_seqlen = found
@@ -375,6 +396,7 @@ class PackedGrid:
             ("max_seqlen", max_seqlen),
             ("geometry", geometry),
             ("cu_seqlens", cu_seqlens),
+            ("block_size", block_size),
             ("_sizes", sizes),
             ("_position_ids", None),
             ("_origin", None),
@@ -400,6 +422,8 @@ class PackedGrid:
     @property
     def position_ids(self) -> Tensor:
         """Row and column of every token, int64 ``[T, 2]``, in patches; built once, no sync."""
+        if torch.compiler.is_compiling():  # whether they are built is nothing to compile twice for
+            return self._make_position_ids()
         position_ids = self._position_ids
         if position_ids is None:
             with _keepable():
@@ -421,8 +445,13 @@ class PackedGrid:
         Raises:
             ValueError: Rows or columns do not divide by ``size``.
         """
-        if self.spatial_merge_size % size == 0:  # checked when the grid was built
+        if (self.block_size or self.spatial_merge_size) % size == 0:  # checked when it was built
             return self.num_tokens // size**2
+        if self.block_size is not None:
+            raise ValueError(
+                f"grid must be padded with a block_size that divides by {size},"
+                f" got {self.block_size}"
+            )
         return _merged_sizes(self._sizes, size)[1]
 
     def merged(self, merge_size: int | None = None) -> PackedGrid:
@@ -438,8 +467,144 @@ class PackedGrid:
         """
         m = self.spatial_merge_size if merge_size is None else _merge_size(merge_size, "merge_size")
         with _keepable():
+            if self.block_size is not None:
+                return self._merged_padded(m)
             sizes, _ = _merged_sizes(self._sizes, m)
             return self._like(sizes, 1, self.geometry.device)
+
+    def _merged_padded(self, m: int) -> PackedGrid:
+        num_tokens = self.num_blocks(m)  # where that is, all sides divide
+        sizes, geometry = self._sizes // self._sizes.new_tensor((1, m, m)), self.geometry.clone()
+        geometry[:, 0] //= m * m
+        geometry[:-1, 1:] //= m
+        found = sizes, sizes.clone(), geometry, self.cu_seqlens // (m * m), num_tokens, num_tokens
+        grid = object.__new__(PackedGrid)
+        block_size = cast(int, self.block_size) // m
+        grid._set(found, 1, self.merge_temporal, self.geometry.device, block_size)
+        return grid
+
+    def padded(
+        self,
+        num_tokens: int,
+        num_grids: int,
+        num_segments: int | None = None,
+        *,
+        block_size: int | None = None,
+    ) -> PackedGrid:
+        """The grid with room for more: its tensors have the shapes of what there is room for.
+
+        Ops and models then see the same shapes for every batch that fits, which is what a CUDA
+        graph needs, and ``torch.compile`` compiles once. Of a batch that follows, ``copy_`` puts
+        the values where those of this one are. Tokens of the batch come first. What follows them is
+        a last grid of one frame that is in no segment: it gives finite values, whatever finite
+        values it holds, and gradients of 0 if nothing is made of what it gives. For the tokens of
+        the batch every op gives the bits it gives without padding, and of parameters that images
+        share the same gradients, up to the order of sums.
+
+        A budget is chosen for what is common: a batch packed to at most ``n`` tokens needs ``n``
+        and one block more. Where batches differ a lot, make two or three static grids and graphs,
+        and take the smallest that a batch fits into.
+
+        Args:
+            num_tokens: Tokens in all, more than there are, divisible by ``block_size**2``.
+            num_grids: Images and clips there is room for; the result has one more, the padding.
+            num_segments: Attention segments there is room for; by default ``num_grids``, which is
+                what images of one frame need, and with ``merge_temporal`` it can be nothing else.
+            block_size: Side of the largest block of tokens that ops will merge or attend within;
+                by default ``spatial_merge_size``. All rows and columns divide by it.
+
+        Returns:
+            The padded grid, on the same device. It can be merged; ``resized`` and ``patchify`` take
+            the grid without padding. ``max_seqlen`` is ``num_tokens``.
+
+        Raises:
+            TypeError: A number is no integer.
+            ValueError: The batch does not fit, or the grid is padded already.
+        """
+        if self.block_size is not None:
+            raise ValueError("grid must have no padding to be padded")
+        b = _merge_size(block_size or self.spatial_merge_size, "block_size")
+        budget = {"num_tokens": num_tokens, "num_grids": num_grids}
+        if num_segments is not None:
+            budget["num_segments"] = num_segments
+        for name, number in budget.items():
+            if not is_integer(number):
+                raise TypeError(f"{name} must be an int, got {number!r}")
+        segments = num_grids if num_segments is None else num_segments
+        if self.merge_temporal and segments != num_grids:
+            raise ValueError(
+                f"num_segments must be num_grids={num_grids} with merge_temporal, got {segments}"
+            )
+        if b % self.spatial_merge_size:
+            raise ValueError(
+                f"block_size must divide by spatial_merge_size={self.spatial_merge_size}, got {b}"
+            )
+        if num_tokens % (b * b) or num_tokens >= 2**31:
+            raise ValueError(
+                f"num_tokens must divide by block_size**2 = {b * b} and be below 2**31,"
+                f" got {num_tokens}"
+            )
+        for i in np.flatnonzero((self._sizes.numpy()[:, 1:] % b).any(axis=1))[:1]:
+            raise ValueError(
+                f"grid must have rows and columns that divide by block_size={b},"
+                f" got {self._sizes[i].tolist()} in grid_thw[{i}]"
+            )
+        for name, room, need in (
+            ("num_tokens", num_tokens, self.num_tokens + b * b),
+            ("num_grids", num_grids, self.num_grids),
+            ("num_segments", segments, self.num_segments),
+        ):
+            if room < need:
+                raise ValueError(f"{name} must be at least {need} for this batch, got {room}")
+        absent = [(0, b, b)] * (num_grids - self.num_grids)
+        rest = [*absent, (1, b, (num_tokens - self.num_tokens) // b)]
+        with _keepable():
+            sizes = torch.cat([self._sizes, self._sizes.new_tensor(rest)])
+            return self._like_padded(sizes, segments, b, self.geometry.device)
+
+    def _like_padded(
+        self, sizes: Tensor, num_segments: int, block_size: int, device: torch.device
+    ) -> PackedGrid:
+        """A grid of other ``sizes``, which become its own, and whose last row is padding."""
+        geometry, cu_seqlens = padded_metadata(sizes, num_segments, self.merge_temporal)
+        num_tokens = int(geometry[-1, 0])
+        found = sizes, sizes.clone(), geometry, cu_seqlens, num_tokens, num_tokens
+        grid = object.__new__(PackedGrid)
+        grid._set(found, self.spatial_merge_size, self.merge_temporal, device, block_size)
+        return grid
+
+    def copy_(self, grid: PackedGrid) -> PackedGrid:
+        """Make this padded grid the one of another batch, in place.
+
+        A CUDA graph that was captured with it, replayed, computes the other batch. Do not call it
+        between a forward pass and its backward pass, outside of a graph: autograd refuses that.
+
+        Args:
+            grid: Another batch, without padding, in the same order of tokens.
+
+        Returns:
+            This grid.
+
+        Raises:
+            TypeError: ``grid`` is no ``PackedGrid``.
+            ValueError: This grid has no padding, ``grid`` has some, is in another order or has
+                other segments, or does not fit. Nothing was written then.
+        """
+        if self.block_size is None:
+            raise ValueError("a grid without padding cannot be written to: use padded(...) of it")
+        if not isinstance(grid, PackedGrid):
+            raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
+        for name in ("spatial_merge_size", "merge_temporal"):
+            want, got = getattr(self, name), getattr(grid, name)
+            if want != got:
+                raise ValueError(f"grid must have {name}={want}, got {got}")
+        room = self.num_tokens, self.num_grids - 1, self.num_segments
+        other = grid.padded(*room, block_size=self.block_size)
+        for name in ("grid_thw", "_sizes", "geometry", "cu_seqlens"):
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+        if self._position_ids is not None:
+            self._position_ids.copy_(self._make_position_ids())
+        return self
 
     def resized(
         self,
@@ -457,10 +622,13 @@ class PackedGrid:
         Raises:
             TypeError: ``target_hw`` does not hold integers.
             ValueError: ``target_hw`` has another shape, is not on the CPU, gives a grid that cannot
-                be, or is a grid of other frames, in another order or on another device.
+                be, or is a grid of other frames, in another order, on another device or padded
+                where this one is not; or this grid is padded and ``target_hw`` is no grid.
         """
         if isinstance(target_hw, PackedGrid):
             return self._checked(target_hw, spatial_merge_size)
+        if self.block_size is not None:
+            raise ValueError("grid must be resized before it is padded: then pad both")
         m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
         m = _merge_size(m)
         numbers = _plain_numbers(target_hw, {2}) if isinstance(target_hw, (list, tuple)) else None
@@ -494,7 +662,13 @@ class PackedGrid:
                 f"target_hw must be on the device of grid, {self.geometry.device},"
                 f" got {target.geometry.device}; use target_hw.to(...)"
             )
-        if torch.compiler.is_compiling():  # with no values to compare, it is made of this one's
+        if (target.block_size is None) != (self.block_size is None):
+            raise ValueError("target_hw must be padded if grid is, and only then")
+        if torch.compiler.is_compiling():  # there are no values to compare
+            if self.block_size is not None:
+                torch._check(target.num_grids == self.num_grids)
+                return target
+            # it is made of this one's
             return self.resized(target._sizes[:, 1:], m)
         if target._origin is not self._sizes and type(target._sizes) is Tensor:
             frames, want = target._sizes.numpy()[:, 0], self._sizes.numpy()[:, 0]
@@ -512,6 +686,8 @@ class PackedGrid:
             return self
         # built anew from what the host knows: no device is waited for
         with _keepable():
+            if self.block_size is not None:
+                return self._like_padded(self._sizes, self.num_segments, self.block_size, device)
             return self._like(self._sizes, self.spatial_merge_size, device)
 
     def validate(self) -> None:
@@ -520,7 +696,11 @@ class PackedGrid:
         Raises:
             ValueError: A tensor was changed after the grid was built.
         """
-        fresh = PackedGrid(self._sizes, self.spatial_merge_size, self.merge_temporal)
+        cpu = torch.device("cpu")
+        if self.block_size is None:
+            fresh = self._like(self._sizes, self.spatial_merge_size, cpu)
+        else:
+            fresh = self._like_padded(self._sizes, self.num_segments, self.block_size, cpu)
         for name in ("grid_thw", "geometry", "cu_seqlens", "position_ids"):
             want, got = getattr(fresh, name), getattr(self, name).cpu()
             if want.shape != got.shape:
