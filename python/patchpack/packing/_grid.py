@@ -12,7 +12,7 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,20 +76,6 @@ def cu_seqlens_of(geometry: Tensor, frames: Tensor, num_segments: int) -> Tensor
     grid, frame = place_of(bounds_of(frames), num_segments + 1)
     first, rows, cols = geometry.index_select(0, grid).unbind(dim=1)  # [num_segments + 1] each
     return (first + frame * rows * cols).clamp(max=geometry[-1, 0]).int()
-
-
-def padded_metadata(
-    sizes: Tensor, num_segments: int, merge_temporal: bool
-) -> tuple[Tensor, Tensor]:
-    """Geometry and segments where the last of ``sizes`` ``[G, 3]`` is padding, and in no segment.
-
-    What there is room for and does not come has no frames, and segments have no tokens.
-    """
-    geometry = geometry_of(sizes)
-    if merge_temporal:
-        return geometry, geometry[:-1, 0].int()
-    cu_seqlens = cu_seqlens_of(geometry, sizes[:, 0], num_segments)
-    return geometry, cu_seqlens.clamp(max=int(geometry[-2, 0]))
 
 
 def position_ids_of(
@@ -310,7 +296,7 @@ class PackedGrid:
         geometry: int64 ``[G + 1, 3]``, on ``device``: first token, rows and columns of each grid;
             the last row is ``(T, 1, 1)``. It is what kernels read.
         cu_seqlens: int32 ``[S + 1]``, on ``device``: where attention segments begin and end.
-        block_size: Side of the blocks that ``padded`` added, ``None`` without padding.
+        block_size: As ``padded`` was told, ``None`` without padding.
 
     Raises:
         TypeError: ``grid_thw`` or ``spatial_merge_size`` does not hold integers, or
@@ -331,6 +317,7 @@ class PackedGrid:
     _sizes: Tensor = field(init=False, repr=False)
     _position_ids: Tensor | None = field(init=False, repr=False)
     _origin: Tensor | None = field(init=False, repr=False)  # sizes of what was resized to this
+    _bounds: Tensor | None = field(init=False, repr=False)  # cu_seqlens on the host, if padded
 
     def __init__(
         self,
@@ -375,12 +362,7 @@ class PackedGrid:
         self._set(found, spatial_merge_size, merge_temporal, _device(device))
 
     def _set(
-        self,
-        found: tuple,
-        spatial_merge_size: int,
-        merge_temporal: bool,
-        device: torch.device,
-        block_size: int | None = None,
+        self, found: tuple, spatial_merge_size: int, merge_temporal: bool, device: torch.device
     ) -> None:
         """Set all fields; of the sizes there are two, for kernels to trust and to look at."""
         sizes, grid_thw, geometry, cu_seqlens, num_tokens, max_seqlen = found
@@ -396,10 +378,11 @@ class PackedGrid:
             ("max_seqlen", max_seqlen),
             ("geometry", geometry),
             ("cu_seqlens", cu_seqlens),
-            ("block_size", block_size),
+            ("block_size", None),
             ("_sizes", sizes),
             ("_position_ids", None),
             ("_origin", None),
+            ("_bounds", None),
         ):
             object.__setattr__(self, name, value)  # torch 2.10 can trace no other way
 
@@ -472,17 +455,6 @@ class PackedGrid:
             sizes, _ = _merged_sizes(self._sizes, m)
             return self._like(sizes, 1, self.geometry.device)
 
-    def _merged_padded(self, m: int) -> PackedGrid:
-        num_tokens = self.num_blocks(m)  # where that is, all sides divide
-        sizes, geometry = self._sizes // self._sizes.new_tensor((1, m, m)), self.geometry.clone()
-        geometry[:, 0] //= m * m
-        geometry[:-1, 1:] //= m
-        found = sizes, sizes.clone(), geometry, self.cu_seqlens // (m * m), num_tokens, num_tokens
-        grid = object.__new__(PackedGrid)
-        block_size = cast(int, self.block_size) // m
-        grid._set(found, 1, self.merge_temporal, self.geometry.device, block_size)
-        return grid
-
     def padded(
         self,
         num_tokens: int,
@@ -491,107 +463,131 @@ class PackedGrid:
         *,
         block_size: int | None = None,
     ) -> PackedGrid:
-        """The grid with room for more: its tensors have the shapes of what there is room for.
+        """The grid with padding, so that its tensors have the shapes of what there is room for.
 
         Ops and models then see the same shapes for every batch that fits, which is what a CUDA
-        graph needs, and ``torch.compile`` compiles once. Of a batch that follows, ``copy_`` puts
-        the values where those of this one are. Tokens of the batch come first. What follows them is
-        a last grid of one frame that is in no segment: it gives finite values, whatever finite
-        values it holds, and gradients of 0 if nothing is made of what it gives. For the tokens of
-        the batch every op gives the bits it gives without padding, and of parameters that images
-        share the same gradients, up to the order of sums.
+        graph needs, and ``torch.compile`` compiles once; ``copy_`` puts the values of another batch
+        where those of this one are. The tokens of the batch come first. The rest is of images that
+        are in no attention segment: whatever finite values it holds, it gives finite values, and
+        gradients of 0 if nothing is made of what it gives. Tokens of the batch get the bits from
+        every op that they get without padding; gradients that images share are the same up to the
+        order of sums.
 
-        A budget is chosen for what is common: a batch packed to at most ``n`` tokens needs ``n``
-        and one block more. Where batches differ a lot, make two or three static grids and graphs,
-        and take the smallest that a batch fits into.
+        Choose ``num_tokens`` for the batches that are common: a sequence packed to at most ``n``
+        tokens, of at most ``num_grids`` images, needs ``n + (num_grids + 1) * block_size**2``.
+        Where batches differ a lot, make a few budgets and take the smallest that a batch fits.
 
         Args:
-            num_tokens: Tokens in all, more than there are, divisible by ``block_size**2``.
-            num_grids: Images and clips there is room for; the result has one more, the padding.
-            num_segments: Attention segments there is room for; by default ``num_grids``, which is
-                what images of one frame need, and with ``merge_temporal`` it can be nothing else.
-            block_size: Side of the largest block of tokens that ops will merge or attend within;
-                by default ``spatial_merge_size``. All rows and columns divide by it.
+            num_tokens: Tokens in all. There is at least one block of padding for each image that
+                is missing from ``num_grids``, and one more.
+            num_grids: Images and clips there is room for. The result has one more: what is left of
+                ``num_tokens`` is a last image, ``block_size`` rows high.
+            num_segments: Attention segments there is room for: by default ``num_grids``, which is
+                enough for images of one frame. Those that are missing are empty.
+            block_size: Side of the largest square of tokens that ops will make one token of; by
+                default ``spatial_merge_size``. All rows and columns divide by it.
 
         Returns:
-            The padded grid, on the same device. It can be merged; ``resized`` and ``patchify`` take
-            the grid without padding. ``max_seqlen`` is ``num_tokens``.
+            The padded grid, on the same device. ``max_seqlen`` is ``num_tokens``. It can be merged;
+            a grid is resized before it is padded, and ``patchify`` takes the one without padding.
 
         Raises:
             TypeError: A number is no integer.
-            ValueError: The batch does not fit, or the grid is padded already.
+            ValueError: The batch does not fit, a number does not divide, or the grid is padded.
         """
         if self.block_size is not None:
-            raise ValueError("grid must have no padding to be padded")
-        b = _merge_size(block_size or self.spatial_merge_size, "block_size")
-        budget = {"num_tokens": num_tokens, "num_grids": num_grids}
-        if num_segments is not None:
-            budget["num_segments"] = num_segments
-        for name, number in budget.items():
-            if not is_integer(number):
-                raise TypeError(f"{name} must be an int, got {number!r}")
-        segments = num_grids if num_segments is None else num_segments
-        if self.merge_temporal and segments != num_grids:
-            raise ValueError(
-                f"num_segments must be num_grids={num_grids} with merge_temporal, got {segments}"
-            )
+            raise ValueError("a padded grid cannot be padded again")
+        num_segments = num_grids if num_segments is None else num_segments
+        block_size = self.spatial_merge_size if block_size is None else block_size
+        b = _merge_size(block_size, "block_size")
+        missing = num_grids - self.num_grids
+        for name, room, least in (
+            ("num_grids", num_grids, self.num_grids),
+            ("num_segments", num_segments, self.num_segments),
+            ("num_tokens", num_tokens, self.num_tokens + (missing + 1) * b * b),
+        ):
+            if not is_integer(room):
+                raise TypeError(f"{name} must be an int, got {room!r}")
+            if room < least:
+                raise ValueError(f"{name} must be at least {least} for this batch, got {room}")
         if b % self.spatial_merge_size:
             raise ValueError(
                 f"block_size must divide by spatial_merge_size={self.spatial_merge_size}, got {b}"
-            )
-        if num_tokens % (b * b) or num_tokens >= 2**31:
-            raise ValueError(
-                f"num_tokens must divide by block_size**2 = {b * b} and be below 2**31,"
-                f" got {num_tokens}"
             )
         for i in np.flatnonzero((self._sizes.numpy()[:, 1:] % b).any(axis=1))[:1]:
             raise ValueError(
                 f"grid must have rows and columns that divide by block_size={b},"
                 f" got {self._sizes[i].tolist()} in grid_thw[{i}]"
             )
-        for name, room, need in (
-            ("num_tokens", num_tokens, self.num_tokens + b * b),
-            ("num_grids", num_grids, self.num_grids),
-            ("num_segments", segments, self.num_segments),
-        ):
-            if room < need:
-                raise ValueError(f"{name} must be at least {need} for this batch, got {room}")
-        absent = [(0, b, b)] * (num_grids - self.num_grids)
-        rest = [*absent, (1, b, (num_tokens - self.num_tokens) // b)]
+        if num_tokens % (b * b):
+            raise ValueError(
+                f"num_tokens must divide by block_size**2 = {b * b}, got {num_tokens}"
+            )
+        rest = num_tokens - self.num_tokens - missing * b * b
         with _keepable():
-            sizes = torch.cat([self._sizes, self._sizes.new_tensor(rest)])
-            return self._like_padded(sizes, segments, b, self.geometry.device)
+            padding = [(1, b, b)] * missing + [(1, b, rest // b)]
+            sizes = torch.cat([self._sizes, torch.tensor(padding, device="cpu")])
+            bounds = self.to("cpu").cu_seqlens
+            bounds = torch.nn.functional.pad(
+                bounds, (0, num_segments - self.num_segments), value=self.num_tokens
+            )
+            return self._like_padded(sizes, bounds, b, self.geometry.device)
 
     def _like_padded(
-        self, sizes: Tensor, num_segments: int, block_size: int, device: torch.device
+        self, sizes: Tensor, bounds: Tensor, block_size: int, device: torch.device
     ) -> PackedGrid:
-        """A grid of other ``sizes``, which become its own, and whose last row is padding."""
-        geometry, cu_seqlens = padded_metadata(sizes, num_segments, self.merge_temporal)
-        num_tokens = int(geometry[-1, 0])
-        found = sizes, sizes.clone(), geometry, cu_seqlens, num_tokens, num_tokens
+        """A grid of ``sizes`` whose segments, with the ``bounds`` of the host, leave some out."""
+        grid = self._like(sizes, self.spatial_merge_size, device)
+        grid._pad(bounds, bounds.to(device, non_blocking=True, copy=True), block_size)
+        return grid
+
+    def _pad(self, bounds: Tensor, cu_seqlens: Tensor, block_size: int) -> None:
+        for name, value in (
+            ("max_seqlen", self.num_tokens),
+            ("cu_seqlens", cu_seqlens),
+            ("block_size", block_size),
+            ("_bounds", bounds),
+        ):
+            object.__setattr__(self, name, value)
+
+    def _merged_padded(self, m: int) -> PackedGrid:
+        """As ``merged``, in a CUDA graph too: what is on the device follows from what is there."""
+        num_tokens = self.num_blocks(m)  # where that is found, all sides divide by m
+        sizes = self._sizes // torch.tensor([1, m, m], device="cpu")
+        first, rows, cols = self.geometry.unbind(dim=1)
+        found = (
+            sizes,
+            sizes.clone(),
+            torch.stack([first // m**2, (rows // m).clamp(min=1), (cols // m).clamp(min=1)], dim=1),
+            self.cu_seqlens // m**2,
+            num_tokens,
+            num_tokens,
+        )
         grid = object.__new__(PackedGrid)
-        grid._set(found, self.spatial_merge_size, self.merge_temporal, device, block_size)
+        grid._set(found, 1, self.merge_temporal, self.geometry.device)
+        assert self._bounds is not None and self.block_size is not None
+        grid._pad(self._bounds // m**2, grid.cu_seqlens, self.block_size // m)
         return grid
 
     def copy_(self, grid: PackedGrid) -> PackedGrid:
         """Make this padded grid the one of another batch, in place.
 
-        A CUDA graph that was captured with it, replayed, computes the other batch. Do not call it
-        between a forward pass and its backward pass, outside of a graph: autograd refuses that.
+        A CUDA graph that was captured with this grid and is replayed then computes that batch.
+        Between a forward pass and its backward pass autograd refuses it, as for any tensor.
 
         Args:
-            grid: Another batch, without padding, in the same order of tokens.
+            grid: The other batch, without padding, in the same order of tokens.
 
         Returns:
             This grid.
 
         Raises:
             TypeError: ``grid`` is no ``PackedGrid``.
-            ValueError: This grid has no padding, ``grid`` has some, is in another order or has
-                other segments, or does not fit. Nothing was written then.
+            ValueError: This grid has no padding, or ``grid`` has some, is in another order, has
+                other segments or does not fit. Nothing was written then.
         """
         if self.block_size is None:
-            raise ValueError("a grid without padding cannot be written to: use padded(...) of it")
+            raise ValueError("a grid must be padded to be copied to: use grid.padded(...)")
         if not isinstance(grid, PackedGrid):
             raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
         for name in ("spatial_merge_size", "merge_temporal"):
@@ -600,7 +596,7 @@ class PackedGrid:
                 raise ValueError(f"grid must have {name}={want}, got {got}")
         room = self.num_tokens, self.num_grids - 1, self.num_segments
         other = grid.padded(*room, block_size=self.block_size)
-        for name in ("grid_thw", "_sizes", "geometry", "cu_seqlens"):
+        for name in ("grid_thw", "geometry", "cu_seqlens", "_sizes", "_bounds"):
             getattr(self, name).copy_(getattr(other, name), non_blocking=True)
         if self._position_ids is not None:
             self._position_ids.copy_(self._make_position_ids())
@@ -686,8 +682,8 @@ class PackedGrid:
             return self
         # built anew from what the host knows: no device is waited for
         with _keepable():
-            if self.block_size is not None:
-                return self._like_padded(self._sizes, self.num_segments, self.block_size, device)
+            if self.block_size is not None and self._bounds is not None:
+                return self._like_padded(self._sizes, self._bounds, self.block_size, device)
             return self._like(self._sizes, self.spatial_merge_size, device)
 
     def validate(self) -> None:
@@ -697,10 +693,9 @@ class PackedGrid:
             ValueError: A tensor was changed after the grid was built.
         """
         cpu = torch.device("cpu")
-        if self.block_size is None:
-            fresh = self._like(self._sizes, self.spatial_merge_size, cpu)
-        else:
-            fresh = self._like_padded(self._sizes, self.num_segments, self.block_size, cpu)
+        fresh = self._like(self._sizes, self.spatial_merge_size, cpu)
+        if self.block_size is not None and self._bounds is not None:
+            fresh = self._like_padded(self._sizes, self._bounds, self.block_size, cpu)
         for name in ("grid_thw", "geometry", "cu_seqlens", "position_ids"):
             want, got = getattr(fresh, name), getattr(self, name).cpu()
             if want.shape != got.shape:

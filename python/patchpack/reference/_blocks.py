@@ -14,7 +14,7 @@ def blocks_of(tokens: Tensor, grid: PackedGrid, size: int, order: str = "row") -
     Blocks come frame by frame, within a frame by rows or, with ``order="column"``, by columns.
     """
     m = grid.spatial_merge_size
-    sizes = [size for size in grid.grid_thw.tolist() if size[0]]  # none: room in a padded grid
+    sizes = grid.grid_thw.tolist()
     found = [tokens[:0].reshape(0, size * size, tokens.shape[1])]
     for image, (t, h, w) in zip(tokens.split([t * h * w for t, h, w in sizes]), sizes, strict=True):
         maps = image.reshape(t, h // m, w // m, m, m, -1).permute(0, 1, 3, 2, 4, 5)

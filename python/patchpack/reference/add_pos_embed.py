@@ -32,7 +32,7 @@ def add_pos_embed(
     dtype = torch.promote_types(torch.promote_types(x.dtype, table.dtype), torch.float32)
     table_grid = PackedGrid([table.shape[:2]], device=table.device)
     table = table.to(dtype).flatten(0, 1)
-    sizes = [size for size in grid.grid_thw.tolist() if size[0]]  # none: room in a padded grid
+    sizes = grid.grid_thw.tolist()
     tokens = x.to(dtype).split([t * h * w for t, h, w in sizes])
     added = [x[:0].to(dtype) + table[:0]]
     for image, (t, *size) in zip(tokens, sizes, strict=True):

@@ -37,7 +37,6 @@ def interpolate_tokens(
     target = grid.resized(target_hw, spatial_merge_size)
     dtype = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.cat([grid.grid_thw, target.grid_thw[:, 1:]], dim=1).tolist()
-    sizes = [size for size in sizes if size[0]]  # none: room in a padded grid
     tokens = x.split([t * h * w for t, h, w, *_ in sizes])
     resized = [x[:0]]
     for image, (t, h, w, *size) in zip(tokens, sizes, strict=True):
