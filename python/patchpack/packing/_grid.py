@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from patchpack import _dispatch
+from patchpack.packing import _pytree
 
 _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
 # a registered op, so that a grid can be built inside torch.compile: its lengths are data there
@@ -318,6 +319,7 @@ class PackedGrid:
     _position_ids: Tensor | None = field(init=False, repr=False)
     _origin: Tensor | None = field(init=False, repr=False)  # sizes of what was resized to this
     _bounds: Tensor | None = field(init=False, repr=False)  # cu_seqlens on the host, if padded
+    _lengths: list[Tensor] | None = field(init=False, repr=False)  # numbers, for pytrees
 
     def __init__(
         self,
@@ -383,6 +385,7 @@ class PackedGrid:
             ("_position_ids", None),
             ("_origin", None),
             ("_bounds", None),
+            ("_lengths", None),
         ):
             object.__setattr__(self, name, value)  # torch 2.10 can trace no other way
 
@@ -706,6 +709,19 @@ class PackedGrid:
                 raise ValueError(
                     f"{name}[{row}] must be {want[row].tolist()}, got {got[row].tolist()}"
                 )
+
+
+_pytree.register(
+    PackedGrid,
+    tensors=("grid_thw", "geometry", "cu_seqlens", "_sizes", "_bounds"),
+    numbers=("num_tokens", "max_seqlen"),
+    options=("spatial_merge_size", "merge_temporal", "block_size"),
+    rest=lambda grid: {
+        "device": getattr(grid.geometry, "device", None),
+        "_position_ids": None,
+        "_origin": None,
+    },
+)
 
 
 def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
