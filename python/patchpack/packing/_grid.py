@@ -523,9 +523,7 @@ class PackedGrid:
                 f" got {self._sizes[i].tolist()} in grid_thw[{i}]"
             )
         if num_tokens % (b * b):
-            raise ValueError(
-                f"num_tokens must divide by block_size**2 = {b * b}, got {num_tokens}"
-            )
+            raise ValueError(f"num_tokens must divide by block_size**2 = {b * b}, got {num_tokens}")
         rest = num_tokens - self.num_tokens - missing * b * b
         with _keepable():
             padding = [(1, b, b)] * missing + [(1, b, rest // b)]
