@@ -448,10 +448,10 @@ class NativeViT(nn.Module):
             device. An attribute, which may change at any time: the weights are the same.
 
     ``torch.compile`` takes it whole, and compiles at most twice for all batches. Where shapes have
-    to be the same, as in a CUDA graph, it takes a padded grid, ``grid.padded(...)``, and pixels with
-    any finite rows behind those of the batch, whose tokens come first: see ``PackedGrid.padded``.
-    ``torch.export`` takes it with a grid as an input. Which sizes differ it learns from a second
-    batch, of other images, tokens and segments, and another longest one::
+    to stay the same, as in a CUDA graph, it takes a padded grid, and pixels with any finite rows
+    behind those of the batch, whose tokens come first: see ``PackedGrid.padded``. ``torch.export``
+    takes it with a grid as an input, and learns which sizes differ from a second batch, of another
+    number of images, segments and tokens, and with another longest segment::
 
         inputs = torch.export.AdditionalInputs()
         inputs.add((other_pixels, other_grid))

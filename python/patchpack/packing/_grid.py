@@ -566,7 +566,8 @@ class PackedGrid:
         )
         grid = object.__new__(PackedGrid)
         grid._set(found, 1, self.merge_temporal, self.geometry.device)
-        assert self._bounds is not None and self.block_size is not None
+        assert self._bounds is not None
+        assert self.block_size is not None
         grid._pad(self._bounds // m**2, grid.cu_seqlens, self.block_size // m)
         return grid
 

@@ -1,4 +1,4 @@
-"""How torch takes what describes a batch apart, and puts it together: for export and ``torch.func``."""
+"""How ``torch.export`` and ``torch.func`` take apart what describes a batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def register(
         if x._lengths is None:
             lengths = [torch.empty(getattr(x, name), 0, device="cpu") for name in numbers]
             object.__setattr__(x, "_lengths", lengths)
-        leaves = [*(getattr(x, name) for name in tensors), *x._lengths]
+        leaves = [getattr(x, name) for name in tensors] + x._lengths
         return leaves, [getattr(x, name) for name in options]
 
     def flatten_with_keys(x: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
