@@ -154,7 +154,7 @@ class TokenLayout:
     table: Tensor = field(init=False, repr=False)
     maps: Tensor = field(init=False, repr=False)
     _on_host: tuple[Tensor, Tensor] = field(init=False, repr=False)
-    _lengths: list[Tensor] | None = field(init=False, repr=False)  # numbers, for pytrees
+    _lengths: tuple[Tensor, ...] | None = field(init=False, repr=False)  # numbers, for pytrees
 
     def __init__(
         self,

@@ -65,7 +65,8 @@ def patchify(
     Raises:
         ValueError: A shape, a device, a number, ``layout`` or ``impl`` does not fit, or ``grid`` is
             padded or not the patches of ``images``. The last is not looked for inside
-            ``torch.compile``. Or memory is to be pinned, and the batch is not on the CPU or torch has no accelerator.
+            ``torch.compile``. Or memory is to be pinned, and the batch is not on the CPU or torch
+            has no accelerator.
         TypeError: A dtype or a type does not fit.
 
     Computed in float32 and rounded once to ``dtype``. Means and deviations are copied to a device

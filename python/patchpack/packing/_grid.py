@@ -319,7 +319,7 @@ class PackedGrid:
     _position_ids: Tensor | None = field(init=False, repr=False)
     _origin: Tensor | None = field(init=False, repr=False)  # sizes of what was resized to this
     _bounds: Tensor | None = field(init=False, repr=False)  # cu_seqlens on the host, if padded
-    _lengths: list[Tensor] | None = field(init=False, repr=False)  # numbers, for pytrees
+    _lengths: tuple[Tensor, ...] | None = field(init=False, repr=False)  # numbers, for pytrees
 
     def __init__(
         self,

@@ -30,10 +30,11 @@ def register(
     """
 
     def flatten(x: Any) -> tuple[list[Any], list[Any]]:
-        if x._lengths is None:
-            lengths = [torch.empty(getattr(x, name), 0, device="cpu") for name in numbers]
+        lengths = x._lengths
+        if lengths is None:
+            lengths = tuple(torch.empty(getattr(x, name), 0, device="cpu") for name in numbers)
             object.__setattr__(x, "_lengths", lengths)
-        leaves = [getattr(x, name) for name in tensors] + x._lengths
+        leaves = [*(getattr(x, name) for name in tensors), *lengths]
         return leaves, [getattr(x, name) for name in options]
 
     def flatten_with_keys(x: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
@@ -43,7 +44,7 @@ def register(
 
     def unflatten(leaves: Iterable[Any], context: Sequence[Any]) -> Any:
         leaves = list(leaves)
-        lengths = leaves[len(tensors) :]
+        lengths = tuple(leaves[len(tensors) :])
         # leaves are anything, where something was made of each
         found = [n.shape[0] if isinstance(n, Tensor) else n for n in lengths]
         values = [*leaves[: len(tensors)], *found, *context]
