@@ -23,7 +23,6 @@ from patchpack import PackedGrid, TokenLayout, metadata
 from patchpack.models.native_vit import CONFIGS, NativeViT
 from patchpack.testing import contract
 from patchpack.testing.catalogue import SPECS
-from patchpack.testing.compare import measure_model
 from patchpack.testing.contract import Subject, leaves, tensors
 
 needs_native = pytest.mark.skipif(
@@ -260,33 +259,49 @@ def _of_the_batch(model, config, grid, dtype):
     return results
 
 
+@pytest.fixture
+def one_thread():
+    """Torch cuts long tensors by their length for its threads, and ends of vectors differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _linear(x, weight, bias=None):
+    """A matrix product that gives a row the same bits whatever other rows there are."""
+    out = (x[:, None] * weight).sum(dim=2)  # [T, out]
+    return out if bias is None else out + bias
+
+
 @needs_native
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_encoder_is_as_accurate_with_padding(name):
+def test_padding_changes_no_bit_of_an_encoder(name, monkeypatch, one_thread):
+    monkeypatch.setattr(torch.nn.functional, "linear", _linear)
     config = _small(name)
-    model, eager, oracle = (_model(config, impl) for impl in ("native", "reference", "reference"))
-    oracle.double()
-    for sizes in BATCHES[:3]:
+    model = _model(config)
+    for sizes in BATCHES[1:3]:
         grid = PackedGrid(sizes, config.spatial_merge_size)
-        got = _of_the_batch(model, config, grid, torch.float32)
         pixels = _pixels(config, grid.num_tokens)
-        baseline = _results(eager, dict(eager.named_parameters()), pixels, grid)
-        want = _results(oracle, dict(oracle.named_parameters()), pixels.double(), grid)
-        wrong = [str(x) for x in measure_model(got, baseline, want) if not x.passed]
-        assert not wrong
+        want = _results(model, dict(model.named_parameters()), pixels, grid)
+        got = _of_the_batch(model, config, grid, torch.float32)
+        assert torch.equal(got["tokens"], want["tokens"])
+        assert torch.equal(got["pixels"], want["pixels"])
+        scale = max(x.abs().max() for x in want.values())
+        for key, x in want.items():  # of parameters, sums in another order
+            assert (got[key] - x).abs().max() <= 1e-5 * scale, key
 
 
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl"])
 def test_padding_changes_no_value_of_an_encoder(name):
     config = _small(name)
     model = _model(config, "reference", torch.float64)
-    for sizes in BATCHES[3:5]:
-        grid = PackedGrid(sizes, config.spatial_merge_size)
-        pixels = _pixels(config, grid.num_tokens, torch.float64)
-        want = _results(model, dict(model.named_parameters()), pixels, grid)
-        got = _of_the_batch(model, config, grid, torch.float64)
-        for key, x in want.items():
-            torch.testing.assert_close(got[key], x, rtol=1e-10, atol=1e-12, msg=key)
+    grid = PackedGrid(BATCHES[3], config.spatial_merge_size)
+    pixels = _pixels(config, grid.num_tokens, torch.float64)
+    want = _results(model, dict(model.named_parameters()), pixels, grid)
+    got = _of_the_batch(model, config, grid, torch.float64)
+    for key, x in want.items():
+        torch.testing.assert_close(got[key], x, rtol=1e-10, atol=1e-12, msg=key)
 
 
 def _grid_ops():
@@ -456,14 +471,14 @@ def test_there_is_room_for_all_windows():
     """However thin images are: the number of windows is bounded by what a budget says."""
     for sizes in ([(1, 2, 98)], [(1, 2, 2)] * 9, [(3, 6, 14), (1, 98, 2)], BATCHES[-1]):
         grid = PackedGrid(sizes, 2)
-        padded = grid.padded(**ROOM)
-        for pixels, pad in ((16, 4), (24, 4), (56, 4), (8, 4)):
-            model = NativeViT(replace(_small("qwen2_5_vl"), window_size=pixels), impl="reference")
+        padded = grid.padded(grid.num_tokens + 40, 9, 9)
+        for pixels in (8, 16, 24, 56):
+            model = NativeViT(replace(_small("qwen2_5_vl"), window_size=pixels))
             order, bounds = model._windows(padded, pixels)
-            want = metadata.get_vision_window_index(grid.grid_thw, 2, pixels, pad)
+            want = metadata.get_vision_window_index(grid.grid_thw, 2, pixels, patch_size=4)
             assert torch.equal(order[: grid.num_tokens // 4], want[0])
             assert torch.equal(bounds.unique(), want[1].long())
-            assert torch.equal(order.sort().values, torch.arange(ROOM["num_tokens"] // 4))
+            assert torch.equal(order.sort().values, torch.arange(padded.num_tokens // 4))
 
 
 # CUDA graphs -------------------------------------------------------------------------------------
@@ -702,15 +717,14 @@ def _transformed(transform, function, xs):
             return torch.cat([y.flatten()[:2] for y in function(*xs)])
 
         rows = [x.clone().requires_grad_() for x in xs]
+        got = torch.func.jacrev(few, argnums)(*xs)
         want = [torch.autograd.grad(y, rows, retain_graph=True) for y in few(*rows)]
-        return torch.func.jacrev(few, argnums)(*xs), [
-            torch.stack(x) for x in zip(*want, strict=True)
-        ]
+        return got, [torch.stack(x) for x in zip(*want, strict=True)]
     if transform == "vmap":
-        want = [torch.stack(y) for y in zip(*(function(*x) for x in each), strict=True)]
-        return torch.func.vmap(function)(*batch), want
-    want = [torch.stack(y) for y in zip(*map(gradients, each), strict=True)]
-    return torch.func.vmap(torch.func.grad(number, argnums))(*batch), want
+        got, one = torch.func.vmap(function)(*batch), lambda x: function(*x)
+    else:
+        got, one = torch.func.vmap(torch.func.grad(number, argnums))(*batch), gradients
+    return got, [torch.stack(y) for y in zip(*map(one, each), strict=True)]
 
 
 # torch.func.jvp compiles scripts of torch's own, which torch has deprecated

@@ -237,6 +237,7 @@ _pytree.register(
     numbers=("num_tokens", "num_source_tokens", "num_vectors"),
     rest=lambda layout: {"parts": (), "_on_host": (layout.table, layout.maps)},
 )
+torch.serialization.add_safe_globals([FeatureMap, Vector])
 
 
 def validate_index(index: Tensor, num_rows: int) -> None:
