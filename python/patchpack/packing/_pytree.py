@@ -24,7 +24,8 @@ def register(
         cls: Whose instances hold what the other arguments name.
         tensors: Attributes that are leaves.
         numbers: Those that differ between batches. As leaves they are the lengths of empty tensors,
-            so that exported programs take any; kept as ``_lengths``, as export knows its inputs.
+            so that exported programs take any. What was put together keeps them as ``_lengths``,
+            which is ``None`` otherwise: taken apart again, they are what export knows.
         options: Those that are the same for all batches.
         rest: What else an instance holds that has those.
     """
@@ -33,7 +34,6 @@ def register(
         lengths = x._lengths
         if lengths is None:
             lengths = tuple(torch.empty(getattr(x, name), 0, device="cpu") for name in numbers)
-            object.__setattr__(x, "_lengths", lengths)
         leaves = [*(getattr(x, name) for name in tensors), *lengths]
         return leaves, [getattr(x, name) for name in options]
 
