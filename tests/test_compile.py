@@ -281,16 +281,15 @@ def test_padding_changes_no_bit_of_an_encoder(name, monkeypatch, one_thread):
     monkeypatch.setattr(torch.nn.functional, "linear", _linear)
     config = _small(name)
     model = _model(config)
-    for sizes in BATCHES[1:3]:
-        grid = PackedGrid(sizes, config.spatial_merge_size)
-        pixels = _pixels(config, grid.num_tokens)
-        want = _results(model, dict(model.named_parameters()), pixels, grid)
-        got = _of_the_batch(model, config, grid, torch.float32)
-        assert torch.equal(got["tokens"], want["tokens"])
-        assert torch.equal(got["pixels"], want["pixels"])
-        scale = max(x.abs().max() for x in want.values())
-        for key, x in want.items():  # of parameters, sums in another order
-            assert (got[key] - x).abs().max() <= 1e-5 * scale, key
+    grid = PackedGrid(BATCHES[2], config.spatial_merge_size)
+    pixels = _pixels(config, grid.num_tokens)
+    want = _results(model, dict(model.named_parameters()), pixels, grid)
+    got = _of_the_batch(model, config, grid, torch.float32)
+    assert torch.equal(got["tokens"], want["tokens"])
+    assert torch.equal(got["pixels"], want["pixels"])
+    scale = max(x.abs().max() for x in want.values())
+    for key, x in want.items():  # of parameters, sums in another order
+        assert (got[key] - x).abs().max() <= 1e-5 * scale, key
 
 
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl"])
@@ -529,10 +528,9 @@ def test_what_runs_does_not_depend_on_the_batch(name):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl"])
-def test_one_budget_is_compiled_once(name):
+def test_one_budget_is_compiled_once():
     torch._dynamo.reset()
-    config = _small(name)
+    config = _small("qwen2_5_vl")
     model = _model(config)
     parameters = dict(model.named_parameters())
     counter = CompileCounterWithBackend("aot_eager")
@@ -681,7 +679,7 @@ def test_gradients_of_micro_batches_add_up(name, impl, dtype, tolerance):
         model.zero_grad()
         return grads
 
-    sizes = BATCHES[2]
+    sizes = BATCHES[1]
     want, got = accumulate([sizes]), accumulate([sizes[:1], sizes[1:]])
     scale = max(x.abs().max() for x in want.values())
     for key, x in want.items():
