@@ -121,6 +121,12 @@ def resolve(op: str, impl: str | None, *, wide: bool = False, **first: Tensor) -
         reason = f"it runs on {' and '.join(RUNS_ON[impl])} tensors, got one on {x.device}"
     if reason:
         raise ValueError(f"impl={impl!r} of {op} is not available: {reason}")
+    if impl != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"impl={impl!r} of {op} has no transforms of torch.func: instead of vmap make the batch"
+            " one packed sequence, instead of grad, vjp or jacrev use torch.autograd.grad, or take"
+            " impl='reference'"
+        )
     return impl
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchpack.packing import is_integer
+from patchpack.packing import _pytree, is_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,7 @@ class TokenLayout:
     table: Tensor = field(init=False, repr=False)
     maps: Tensor = field(init=False, repr=False)
     _on_host: tuple[Tensor, Tensor] = field(init=False, repr=False)
+    _lengths: tuple[Tensor, ...] | None = field(init=False, repr=False)  # numbers, for pytrees
 
     def __init__(
         self,
@@ -191,6 +192,7 @@ class TokenLayout:
                 num_source_tokens=num_source_tokens,
                 num_vectors=int(newline.max(initial=-1)) + 1,
                 _on_host=on_host,
+                _lengths=None,
             )
             self._copy_to("cpu" if device is None else device)
 
@@ -227,6 +229,15 @@ class TokenLayout:
         with torch.inference_mode(False):
             moved._copy_to(device)
         return moved
+
+
+_pytree.register(
+    TokenLayout,
+    tensors=("table", "maps"),
+    numbers=("num_tokens", "num_source_tokens", "num_vectors"),
+    rest=lambda layout: {"parts": (), "_on_host": (layout.table, layout.maps)},
+)
+torch.serialization.add_safe_globals([FeatureMap, Vector])
 
 
 def validate_index(index: Tensor, num_rows: int) -> None:

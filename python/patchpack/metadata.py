@@ -203,7 +203,9 @@ def _check_grids(grid_thw: Tensor) -> None:
 
 def _given(name: str, length: int | None) -> int | None:
     """``length`` as a Python integer, if it is given."""
-    return None if length is None else _check.whole(0, **{name: length})[0]
+    if length is None or isinstance(length, torch.SymInt):
+        return length
+    return _check.whole(0, **{name: length})[0]
 
 
 def _length(

@@ -348,7 +348,7 @@ class Attention(nn.Module):
         config = self.config
         q, k, v = self.qkv(x).chunk(3, dim=1)
         if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)  # autocast widens norms
         q, k, v = (y.unflatten(1, (config.num_heads, -1)) for y in (q, k, v))  # [T, H, D], views
         if tokens.table is not None:
             q, k = rope(q, k, *tokens.table, interleaved=config.rope_interleaved, impl=impl)
@@ -447,6 +447,19 @@ class NativeViT(nn.Module):
         impl: How its ops run: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the
             device. An attribute, which may change at any time: the weights are the same.
 
+    ``torch.compile`` takes it whole, and compiles at most twice for all batches. Where shapes have
+    to stay the same, as in a CUDA graph, it takes a padded grid, and pixels with any finite rows
+    behind those of the batch, whose tokens come first: see ``PackedGrid.padded``. ``torch.export``
+    takes it with a grid as an input, and learns which sizes differ from a second batch, of another
+    number of images, segments and tokens, and with another longest segment::
+
+        inputs = torch.export.AdditionalInputs()
+        inputs.add((other_pixels, other_grid))
+        program = torch.export.export(model, (pixels, grid), dynamic_shapes=inputs)
+
+    Under ``torch.autocast`` matrix products are narrow and norms wide, and every op runs in the
+    dtype of what it gets.
+
     Attributes:
         config: As given.
         impl: As given.
@@ -514,7 +527,7 @@ class NativeViT(nn.Module):
         if tokens.patches is not None:
             rows = x
             if config.class_token:
-                rows = self.class_token.expand(x.shape[0] + grid.num_segments, -1)
+                rows = self.class_token.to(x.dtype).expand(x.shape[0] + grid.num_segments, -1)
             x = scatter_tokens(rows, x, tokens.patches, impl=impl)
         if config.pre_norm:
             x = self.pre_norm(x)
@@ -539,16 +552,12 @@ class NativeViT(nn.Module):
             patch = torch.arange(grid.num_tokens, device=device)
             segment = torch.searchsorted(grid.cu_seqlens[1:].long(), patch, right=True)
             before = torch.arange(grid.num_segments + 1, dtype=torch.int32, device=device)
-            return Tokens(grid, grid.cu_seqlens + before, patches=patch + segment + 1)
+            place = patch + (segment + 1).clamp(max=grid.num_segments)  # padding has no segment
+            return Tokens(grid, grid.cu_seqlens + before, patches=place)
         if config.window_size is None:
             return Tokens(grid, grid.cu_seqlens)
         m = config.spatial_merge_size
-        blocks, cu_windows = (
-            x.to(device, non_blocking=True)
-            for x in metadata.get_vision_window_index(
-                grid.grid_thw, m, config.window_size, config.patch_size
-            )
-        )
+        blocks, cu_windows = self._windows(grid, config.window_size)
         order = (blocks[:, None] * m * m + torch.arange(m * m, device=device)).flatten()
         table = None
         if config.rope_axes is not None:
@@ -557,3 +566,23 @@ class NativeViT(nn.Module):
             angle = grid.position_ids[order, :, None] * config.rope_base**-exponent
             table = angle.flatten(1).cos().float(), angle.flatten(1).sin().float()  # [T, D / 2]
         return Tokens(grid, grid.cu_seqlens, cu_windows, table, order.argsort())
+
+    def _windows(self, grid: PackedGrid, window_size: int) -> tuple[Tensor, Tensor]:
+        """Which block is at each place of windowed order, and where windows begin and end."""
+        m, patch_size = self.config.spatial_merge_size, self.config.patch_size
+        options = {"window_size": window_size, "patch_size": patch_size}
+        if not torch.compiler.is_compiling() and grid.block_size is None:
+            found = metadata.get_vision_window_index(grid.grid_thw, m, **options)
+            blocks, bounds = (x.to(grid.geometry.device, non_blocking=True) for x in found)
+            return blocks, bounds
+        # shapes follow from those of the grid alone: there is room for all windows that can be
+        first, rows, cols = grid.geometry.unbind(dim=1)  # [G + 1] each
+        frames = first.diff() // (rows * cols)[:-1]
+        grid_thw = torch.stack([frames, rows[:-1], cols[:-1]], dim=1)
+        num_blocks = grid.num_tokens // m**2
+        num_windows = num_blocks  # at least one block each, and
+        if not grid.merge_temporal:  # a frame of n blocks has at most 1 + (n - 1) / side
+            num_windows = grid.num_segments + num_blocks // (window_size // m // patch_size)
+        options |= {"num_tokens": grid.num_tokens, "num_windows": num_windows}
+        blocks, bounds = metadata.get_vision_window_index(grid_thw, m, **options)
+        return blocks, torch.minimum(bounds, grid.cu_seqlens[-1])  # padding is in no window

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def _check_layout(tokens: Tensor, vectors: Tensor | None, layout: TokenLayout) -
     """``layout`` finds all its tokens and vectors, on the same device."""
     if not isinstance(layout, TokenLayout):
         raise TypeError(f"layout must be a TokenLayout, got {type(layout).__name__}")
-    if tokens.shape[:-1].numel() < layout.num_source_tokens:
+    if math.prod(tokens.shape[:-1]) < layout.num_source_tokens:
         raise ValueError(
             f"tokens must have the {layout.num_source_tokens} tokens of layout,"
             f" got {list(tokens.shape)}"

@@ -64,8 +64,9 @@ def patchify(
 
     Raises:
         ValueError: A shape, a device, a number, ``layout`` or ``impl`` does not fit, or ``grid`` is
-            not the patches of ``images``. The last is not looked for inside ``torch.compile``.
-            Or memory is to be pinned, and the batch is not on the CPU or torch has no accelerator.
+            padded or not the patches of ``images``. The last is not looked for inside
+            ``torch.compile``. Or memory is to be pinned, and the batch is not on the CPU or torch
+            has no accelerator.
         TypeError: A dtype or a type does not fit.
 
     Computed in float32 and rounded once to ``dtype``. Means and deviations are copied to a device
@@ -73,6 +74,10 @@ def patchify(
     """
     if not isinstance(grid, PackedGrid):
         raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
+    if grid.block_size is not None:
+        raise ValueError(
+            "grid must have no padding: patches of the grid without are copied to where it begins"
+        )
     images = _check.images("images", images)
     wide = torch.float64 in (dtype, *(image.dtype for image in images))
     impl = _dispatch.resolve("patchify", impl, wide=wide, grid=grid.geometry)

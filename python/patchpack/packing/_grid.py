@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from patchpack import _dispatch
+from patchpack.packing import _pytree
 
 _LIBRARY = torch.library.Library("patchpack", "FRAGMENT")
 # a registered op, so that a grid can be built inside torch.compile: its lengths are data there
@@ -296,6 +297,7 @@ class PackedGrid:
         geometry: int64 ``[G + 1, 3]``, on ``device``: first token, rows and columns of each grid;
             the last row is ``(T, 1, 1)``. It is what kernels read.
         cu_seqlens: int32 ``[S + 1]``, on ``device``: where attention segments begin and end.
+        block_size: As ``padded`` was told, ``None`` without padding.
 
     Raises:
         TypeError: ``grid_thw`` or ``spatial_merge_size`` does not hold integers, or
@@ -312,9 +314,12 @@ class PackedGrid:
     max_seqlen: int = field(init=False)
     geometry: Tensor = field(init=False, repr=False)
     cu_seqlens: Tensor = field(init=False, repr=False)
+    block_size: int | None = field(init=False)
     _sizes: Tensor = field(init=False, repr=False)
     _position_ids: Tensor | None = field(init=False, repr=False)
     _origin: Tensor | None = field(init=False, repr=False)  # sizes of what was resized to this
+    _bounds: Tensor | None = field(init=False, repr=False)  # cu_seqlens on the host, if padded
+    _lengths: tuple[Tensor, ...] | None = field(init=False, repr=False)  # numbers, for pytrees
 
     def __init__(
         self,
@@ -375,9 +380,12 @@ class PackedGrid:
             ("max_seqlen", max_seqlen),
             ("geometry", geometry),
             ("cu_seqlens", cu_seqlens),
+            ("block_size", None),
             ("_sizes", sizes),
             ("_position_ids", None),
             ("_origin", None),
+            ("_bounds", None),
+            ("_lengths", None),
         ):
             object.__setattr__(self, name, value)  # torch 2.10 can trace no other way
 
@@ -400,6 +408,8 @@ class PackedGrid:
     @property
     def position_ids(self) -> Tensor:
         """Row and column of every token, int64 ``[T, 2]``, in patches; built once, no sync."""
+        if torch.compiler.is_compiling():  # whether they are built is nothing to compile twice for
+            return self._make_position_ids()
         position_ids = self._position_ids
         if position_ids is None:
             with _keepable():
@@ -421,8 +431,13 @@ class PackedGrid:
         Raises:
             ValueError: Rows or columns do not divide by ``size``.
         """
-        if self.spatial_merge_size % size == 0:  # checked when the grid was built
+        if (self.block_size or self.spatial_merge_size) % size == 0:  # checked when it was built
             return self.num_tokens // size**2
+        if self.block_size is not None:
+            raise ValueError(
+                f"grid must be padded with a block_size that divides by {size},"
+                f" got {self.block_size}"
+            )
         return _merged_sizes(self._sizes, size)[1]
 
     def merged(self, merge_size: int | None = None) -> PackedGrid:
@@ -438,8 +453,156 @@ class PackedGrid:
         """
         m = self.spatial_merge_size if merge_size is None else _merge_size(merge_size, "merge_size")
         with _keepable():
+            if self.block_size is not None:
+                return self._merged_padded(m)
             sizes, _ = _merged_sizes(self._sizes, m)
             return self._like(sizes, 1, self.geometry.device)
+
+    def padded(
+        self,
+        num_tokens: int,
+        num_grids: int,
+        num_segments: int | None = None,
+        *,
+        block_size: int | None = None,
+    ) -> PackedGrid:
+        """The grid with padding, so that its tensors have the shapes of what there is room for.
+
+        Ops and models then see the same shapes for every batch that fits, which is what a CUDA
+        graph needs, and ``torch.compile`` compiles once; ``copy_`` puts the values of another batch
+        where those of this one are. The tokens of the batch come first. The rest is of images that
+        are in no attention segment: whatever finite values it holds, it gives finite values, and
+        gradients of 0 if nothing is made of what it gives. Tokens of the batch get the bits from
+        every op that they get without padding; gradients that images share are the same up to the
+        order of sums.
+
+        Choose ``num_tokens`` for the batches that are common: a sequence packed to at most ``n``
+        tokens, of at most ``num_grids`` images, needs ``n + (num_grids + 1) * block_size**2``.
+        Where batches differ a lot, make a few budgets and take the smallest that a batch fits.
+
+        Args:
+            num_tokens: Tokens in all. There is at least one block of padding for each image that
+                is missing from ``num_grids``, and one more.
+            num_grids: Images and clips there is room for. The result has one more: what is left of
+                ``num_tokens`` is a last image, ``block_size`` rows high.
+            num_segments: Attention segments there is room for: by default ``num_grids``, which is
+                enough for images of one frame. Those that are missing are empty.
+            block_size: Side of the largest square of tokens that ops will make one token of; by
+                default ``spatial_merge_size``. All rows and columns divide by it.
+
+        Returns:
+            The padded grid, on the same device. ``max_seqlen`` is ``num_tokens``. It can be merged;
+            a grid is resized before it is padded, and ``patchify`` takes the one without padding.
+
+        Raises:
+            TypeError: A number is no integer.
+            ValueError: The batch does not fit, a number does not divide, or the grid is padded.
+        """
+        if self.block_size is not None:
+            raise ValueError("a padded grid cannot be padded again")
+        num_segments = num_grids if num_segments is None else num_segments
+        block_size = self.spatial_merge_size if block_size is None else block_size
+        b = _merge_size(block_size, "block_size")
+        missing = num_grids - self.num_grids
+        for name, room, least in (
+            ("num_grids", num_grids, self.num_grids),
+            ("num_segments", num_segments, self.num_segments),
+            ("num_tokens", num_tokens, self.num_tokens + (missing + 1) * b * b),
+        ):
+            if not is_integer(room):
+                raise TypeError(f"{name} must be an int, got {room!r}")
+            if room < least:
+                raise ValueError(f"{name} must be at least {least} for this batch, got {room}")
+        if b % self.spatial_merge_size:
+            raise ValueError(
+                f"block_size must divide by spatial_merge_size={self.spatial_merge_size}, got {b}"
+            )
+        for i in np.flatnonzero((self._sizes.numpy()[:, 1:] % b).any(axis=1))[:1]:
+            raise ValueError(
+                f"grid must have rows and columns that divide by block_size={b},"
+                f" got {self._sizes[i].tolist()} in grid_thw[{i}]"
+            )
+        if num_tokens % (b * b):
+            raise ValueError(f"num_tokens must divide by block_size**2 = {b * b}, got {num_tokens}")
+        rest = num_tokens - self.num_tokens - missing * b * b
+        with _keepable():
+            padding = [(1, b, b)] * missing + [(1, b, rest // b)]
+            sizes = torch.cat([self._sizes, torch.tensor(padding, device="cpu")])
+            bounds = self.to("cpu").cu_seqlens
+            bounds = torch.nn.functional.pad(
+                bounds, (0, num_segments - self.num_segments), value=self.num_tokens
+            )
+            return self._like_padded(sizes, bounds, b, self.geometry.device)
+
+    def _like_padded(
+        self, sizes: Tensor, bounds: Tensor, block_size: int, device: torch.device
+    ) -> PackedGrid:
+        """A grid of ``sizes`` whose segments, with the ``bounds`` of the host, leave some out."""
+        grid = self._like(sizes, self.spatial_merge_size, device)
+        grid._pad(bounds, bounds.to(device, non_blocking=True, copy=True), block_size)
+        return grid
+
+    def _pad(self, bounds: Tensor, cu_seqlens: Tensor, block_size: int) -> None:
+        for name, value in (
+            ("max_seqlen", self.num_tokens),
+            ("cu_seqlens", cu_seqlens),
+            ("block_size", block_size),
+            ("_bounds", bounds),
+        ):
+            object.__setattr__(self, name, value)
+
+    def _merged_padded(self, m: int) -> PackedGrid:
+        """As ``merged``, in a CUDA graph too: what is on the device follows from what is there."""
+        num_tokens = self.num_blocks(m)  # where that is found, all sides divide by m
+        sizes = self._sizes // torch.tensor([1, m, m], device="cpu")
+        first, rows, cols = self.geometry.unbind(dim=1)
+        found = (
+            sizes,
+            sizes.clone(),
+            torch.stack([first // m**2, (rows // m).clamp(min=1), (cols // m).clamp(min=1)], dim=1),
+            self.cu_seqlens // m**2,
+            num_tokens,
+            num_tokens,
+        )
+        grid = object.__new__(PackedGrid)
+        grid._set(found, 1, self.merge_temporal, self.geometry.device)
+        assert self._bounds is not None
+        assert self.block_size is not None
+        grid._pad(self._bounds // m**2, grid.cu_seqlens, self.block_size // m)
+        return grid
+
+    def copy_(self, grid: PackedGrid) -> PackedGrid:
+        """Make this padded grid the one of another batch, in place.
+
+        A CUDA graph that was captured with this grid and is replayed then computes that batch.
+        Between a forward pass and its backward pass autograd refuses it, as for any tensor.
+
+        Args:
+            grid: The other batch, without padding, in the same order of tokens.
+
+        Returns:
+            This grid.
+
+        Raises:
+            TypeError: ``grid`` is no ``PackedGrid``.
+            ValueError: This grid has no padding, or ``grid`` has some, is in another order, has
+                other segments or does not fit. Nothing was written then.
+        """
+        if self.block_size is None:
+            raise ValueError("a grid must be padded to be copied to: use grid.padded(...)")
+        if not isinstance(grid, PackedGrid):
+            raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
+        for name in ("spatial_merge_size", "merge_temporal"):
+            want, got = getattr(self, name), getattr(grid, name)
+            if want != got:
+                raise ValueError(f"grid must have {name}={want}, got {got}")
+        room = self.num_tokens, self.num_grids - 1, self.num_segments
+        other = grid.padded(*room, block_size=self.block_size)
+        for name in ("grid_thw", "geometry", "cu_seqlens", "_sizes", "_bounds"):
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+        if self._position_ids is not None:
+            self._position_ids.copy_(self._make_position_ids())
+        return self
 
     def resized(
         self,
@@ -457,10 +620,13 @@ class PackedGrid:
         Raises:
             TypeError: ``target_hw`` does not hold integers.
             ValueError: ``target_hw`` has another shape, is not on the CPU, gives a grid that cannot
-                be, or is a grid of other frames, in another order or on another device.
+                be, or is a grid of other frames, in another order, on another device or padded
+                where this one is not; or this grid is padded and ``target_hw`` is no grid.
         """
         if isinstance(target_hw, PackedGrid):
             return self._checked(target_hw, spatial_merge_size)
+        if self.block_size is not None:
+            raise ValueError("grid must be resized before it is padded: then pad both")
         m = self.spatial_merge_size if spatial_merge_size is None else spatial_merge_size
         m = _merge_size(m)
         numbers = _plain_numbers(target_hw, {2}) if isinstance(target_hw, (list, tuple)) else None
@@ -494,7 +660,13 @@ class PackedGrid:
                 f"target_hw must be on the device of grid, {self.geometry.device},"
                 f" got {target.geometry.device}; use target_hw.to(...)"
             )
-        if torch.compiler.is_compiling():  # with no values to compare, it is made of this one's
+        if (target.block_size is None) != (self.block_size is None):
+            raise ValueError("target_hw must be padded if grid is, and only then")
+        if torch.compiler.is_compiling():  # there are no values to compare
+            if self.block_size is not None:
+                torch._check(target.num_grids == self.num_grids)
+                return target
+            # it is made of this one's
             return self.resized(target._sizes[:, 1:], m)
         if target._origin is not self._sizes and type(target._sizes) is Tensor:
             frames, want = target._sizes.numpy()[:, 0], self._sizes.numpy()[:, 0]
@@ -512,6 +684,8 @@ class PackedGrid:
             return self
         # built anew from what the host knows: no device is waited for
         with _keepable():
+            if self.block_size is not None and self._bounds is not None:
+                return self._like_padded(self._sizes, self._bounds, self.block_size, device)
             return self._like(self._sizes, self.spatial_merge_size, device)
 
     def validate(self) -> None:
@@ -520,7 +694,10 @@ class PackedGrid:
         Raises:
             ValueError: A tensor was changed after the grid was built.
         """
-        fresh = PackedGrid(self._sizes, self.spatial_merge_size, self.merge_temporal)
+        cpu = torch.device("cpu")
+        fresh = self._like(self._sizes, self.spatial_merge_size, cpu)
+        if self.block_size is not None and self._bounds is not None:
+            fresh = self._like_padded(self._sizes, self._bounds, self.block_size, cpu)
         for name in ("grid_thw", "geometry", "cu_seqlens", "position_ids"):
             want, got = getattr(fresh, name), getattr(self, name).cpu()
             if want.shape != got.shape:
@@ -531,6 +708,19 @@ class PackedGrid:
                 raise ValueError(
                     f"{name}[{row}] must be {want[row].tolist()}, got {got[row].tolist()}"
                 )
+
+
+_pytree.register(
+    PackedGrid,
+    tensors=("grid_thw", "geometry", "cu_seqlens", "_sizes", "_bounds"),
+    numbers=("num_tokens", "max_seqlen"),
+    options=("spatial_merge_size", "merge_temporal", "block_size"),
+    rest=lambda grid: {
+        "device": getattr(grid.geometry, "device", None),
+        "_position_ids": None,
+        "_origin": None,
+    },
+)
 
 
 def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:

@@ -43,5 +43,5 @@ def _resize_axis(x: Tensor, num_out: int, mode: str) -> Tensor:
     total = torch.full(shape, 2 ** (BITS - 1), dtype=torch.int32, device=x.device)
     for k, weight in enumerate(weights):
         index = (first + k).clamp(max=x.shape[-1] - 1)  # the weight past the end is 0
-        total += x.index_select(-1, index).int() * weight
+        total = total + x.index_select(-1, index).int() * weight
     return (total >> BITS).clamp(0, 255).to(torch.uint8)
