@@ -4,12 +4,13 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 TRITON ?= 3.7.1
 ABI ?= 2.10.0 2.11.0 2.13.0 2.14.1
+TRANSFORMERS ?= 5.9.0
 
 env = .venv/torch-$(TORCH)-triton-$(TRITON)
 native = python/patchpack/_C.abi3.so
 bin = .venv/bin
 
-.PHONY: demo test check bench compiled mutate sanitize abi dev
+.PHONY: demo test check transformers bench compiled mutate sanitize abi dev
 
 demo: $(native)
 	$(bin)/python -m patchpack demo
@@ -23,6 +24,13 @@ check: $(native) python/patchpack/kernels
 	$(bin)/pyright --warnings
 	$(bin)/torch-abi-audit --check both $(native)
 	$(bin)/torch-abi-audit $(native) | grep -q "Min torch: *2.10.0"
+
+# models of another transformers than the environment's: of the oldest that is known, by default
+transformers: older = build/transformers-$(TRANSFORMERS)
+transformers: $(native)
+	test -d $(older) || $(bin)/pip install -q --target $(older) "transformers==$(TRANSFORMERS)"
+	PYTHONPATH=$(older) $(bin)/pytest -n auto --maxprocesses 8 tests/test_transformers.py \
+	tests/test_image_processor.py
 
 # Of a GPU, if torch finds one, else of the CPU; OP names ops or gives options of bench/run.py.
 # What is compared beside torch and transformers needs a GPU: add flash-attn, which compiles long

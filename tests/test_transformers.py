@@ -19,6 +19,8 @@ import transformers_models as models  # noqa: E402
 
 import patchpack  # noqa: E402
 from patchpack.integrations.transformers import (  # noqa: E402
+    _rewire,
+    _text,
     _tiles,
     _vision,
     apply_to,
@@ -322,36 +324,53 @@ def test_what_is_no_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "ops"),
+    ("family", "name", "op"),
     [
-        ("qwen2_vl", "apply_rotary_pos_emb", "mrope"),
-        ("qwen3_vl", "apply_rotary_pos_emb_vision", "rope_2d"),
+        ("qwen2_vl", "apply_rotary_pos_emb_vision", "rope_2d"),
+        ("qwen3_vl", "apply_rotary_pos_emb", "mrope"),
+        ("qwen3_vl", "is_flash_attention_requested", "varlen_attention"),
         ("qwen2_5_vl", "get_vision_position_ids", "rope_2d"),
+        ("internvl", "ALL_ATTENTION_FUNCTIONS", "varlen_attention"),
     ],
 )
-def test_another_version_of_the_code_is_refused_whole(family, name, ops, monkeypatch):
+def test_another_version_of_the_code_is_refused_whole(family, name, op, monkeypatch):
     """As if transformers had renamed what a model calls."""
-    from patchpack.integrations.transformers import _rewire
-
     model = models.make(family, next(iter(models.CONFIGS[family])))
     before = _state(model)
 
-    def names_of(function):
-        names = _rewire.names_of(function)
-        return {f"other_{x}" if x.startswith(name) else x for x in names}
+    def hidden(names):
+        return {x for x in names if x not in (name, "get_vision_cu_seqlens")}
 
-    for module in ("_text", "_vision"):
-        place = f"patchpack.integrations.transformers.{module}.names_of"
-        monkeypatch.setattr(place, names_of)
-    monkeypatch.setattr("patchpack.integrations.transformers._vision.Left", _no_reason)
-    monkeypatch.setattr("patchpack.integrations.transformers._text.Left", _no_reason)
-    with pytest.raises(RuntimeError, match=f"no place for {ops}"):
+    def can_rewire(function, called):
+        return called != name and _rewire.can_rewire(function, called)
+
+    for module in (_text, _vision, _tiles):
+        monkeypatch.setattr(module, "names_of", lambda f: hidden(_rewire.names_of(f)))
+        monkeypatch.setattr(module, "can_rewire", can_rewire, raising=False)
+    with pytest.raises(RuntimeError, match=f"no place for .*{op}"):
         apply_to(model)
     assert _state(model).keys() == before.keys()
 
 
-def _no_reason(op, path, why):
-    return None
+def test_positions_by_another_rule_are_refused(monkeypatch):
+    model = models.make("qwen2_5_vl", "windows")
+    stock = type(model.model).get_rope_index
+
+    def shifted(self, input_ids, mm_token_type_ids, *args, **kwargs):
+        ids, deltas = stock(self, input_ids, mm_token_type_ids, *args, **kwargs)
+        return ids + 1, deltas
+
+    monkeypatch.setattr(type(model.model), "get_rope_index", shifted)
+    with pytest.raises(RuntimeError, match=r"no place for get_mrope_position_ids.* another rule"):
+        apply_to(model)
+
+
+def test_heads_turned_another_way_are_refused(monkeypatch):
+    model = models.make("qwen2_vl", "grouped")
+    place = "transformers.models.qwen2_vl.modeling_qwen2_vl.rotate_half"
+    monkeypatch.setattr(place, lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2))
+    with pytest.raises(RuntimeError, match=r"no place for mrope, rope_2d.*turns heads as"):
+        apply_to(model)
 
 
 # In use ------------------------------------------------------------------------------------------
@@ -414,8 +433,11 @@ def test_crops_are_put_together_as_by_the_model():
 def test_no_value_is_read_back_from_the_device(family, packed):
     """Tensors of the model are on a device that holds no values; sizes stay on the host."""
     model = models.make(family, next(iter(models.CONFIGS[family])))
-    apply_to(model)
-    batch = collate(_samples(family, model), config=model.config, packed=packed).to("meta")
+    report = apply_to(model)
+    samples = _samples(family, model)
+    if any("images and videos" in x.why for x in report.left):  # it cannot be helped, and is said
+        samples = samples[1:]
+    batch = collate(samples, config=model.config, packed=packed).to("meta")
     loss = model.to("meta")(**batch, use_cache=False).loss
     loss.backward()
     assert loss.device.type == "meta"

@@ -138,10 +138,14 @@ def _check_found(
     why = {x.op: x.why for x in left}
     version = transformers.__version__
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    if missing := (_KNOWN.get(kind, set()) & context.ops) - fits - why.keys():
+    known = _KNOWN.get(kind, set()) & context.ops
+    strange = [x for x in left if x.strange and x.op in known]
+    missing = sorted(known - fits - why.keys() | {x.op for x in strange})
+    if missing:
+        reasons = "".join(f"; {x.path}: {x.why}" for x in strange)
         raise RuntimeError(
             f"{type(model).__name__} of transformers {version} has no place for"
-            f" {', '.join(sorted(missing))}: its code is not as in 5.9 to 5.24"
+            f" {', '.join(missing)}: its code is not as in 5.9 to 5.24{reasons}"
         )
     for op in [] if ops is None else sorted(context.ops - fits):
         reason = why.get(op, "nothing in it does that")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchpack import PackedGrid
 from patchpack.integrations.transformers._report import Context, Edit, Left, method
-from patchpack.integrations.transformers._rewire import global_of, names_of, rewired
+from patchpack.integrations.transformers._rewire import names_of
 
 
 def features(path: str, model: Any, context: Context) -> Iterator[Edit | Left]:
@@ -23,12 +23,19 @@ def features(path: str, model: Any, context: Context) -> Iterator[Edit | Left]:
         if "visual" not in model._modules or not hasattr(type(model), name):
             continue
         value = method(functools.partial(_features, kind), model, name)
-        yield Edit("metadata", path, model, name, value, "grids are read on the host")
+        # early versions need it for attention alone: see _OF_TEXT
+        op = "metadata" if "metadata" in context.ops else "varlen_attention"
+        yield Edit(op, path, model, name, value, "grids are read on the host")
+
+
+# bounds of samples, which early versions hand to the vision encoder too
+_OF_TEXT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _features(kind: str, self, *args, **kwargs):
     """What follows reads sizes from the grids, so these are where that waits for no device."""
     name, packed = f"{kind}_grid_thw", f"{kind}_packed_grid"
+    kwargs = {key: x for key, x in kwargs.items() if key not in _OF_TEXT}
     if len(args) > 1:
         args, kwargs[name] = args[:1], args[1]
     grid = kwargs.get(packed)
@@ -89,23 +96,25 @@ def _as_images(self, *args, **kwargs):
 
 def placeholders(path: str, module: Any, context: Context) -> Iterator[Edit | Left]:
     """What counts placeholders, or selects rows by a mask."""
-    stock = getattr(type(module), "get_placeholder_mask", None)
-    name = "torch_compilable_check"
-    if stock is not None and name in names_of(stock):
-        check = global_of(stock, name)
-        mask = rewired(stock, **{name: functools.partial(_check_on_host, check)})
-        what = "counts on a device are not read back"
-        value = method(mask, module, "get_placeholder_mask")
-        yield Edit("scatter_tokens", path, module, "get_placeholder_mask", value, what)
+    name = "get_placeholder_mask"
+    stock = getattr(type(module), name, None)
+    if stock is not None and hasattr(getattr(module, "config", None), "image_token_id"):
+        pair = "video_features" in inspect.signature(stock).parameters
+        value = method(functools.partial(_placeholder_mask, pair), module, name)
+        what = "placeholders on a device are not counted"
+        yield Edit("scatter_tokens", path, module, name, value, what)
     if hasattr(type(module), "_deepstack_process"):
         what = "added in place of selected rows"
         value = method(_deepstack_process, module, "_deepstack_process")
         yield Edit("scatter_tokens", path, module, "_deepstack_process", value, what)
 
 
-def _check_on_host(check: Callable, condition: Tensor | bool, *args) -> None:
-    if not isinstance(condition, Tensor) or condition.device.type == "cpu":
-        check(condition, *args)
+def _placeholder_mask(pair: bool, self, input_ids: Tensor | None = None, *args, **kwargs):
+    """Where images are, ``[B, L, 1]``, and where videos are if the model asks for a ``pair``."""
+    if input_ids is None or input_ids.device.type == "cpu":
+        return type(self).get_placeholder_mask(self, input_ids, *args, **kwargs)
+    images = (input_ids == self.config.image_token_id)[..., None]
+    return (images, (input_ids == self.config.video_token_id)[..., None]) if pair else images
 
 
 def _deepstack_process(

@@ -38,11 +38,13 @@ class Left(NamedTuple):
         op: Which of ``OPS`` it would have been.
         path: Where in the model.
         why: In words.
+        strange: Whether its code is like none that is known, so that a known model is refused.
     """
 
     op: str
     path: str
     why: str
+    strange: bool = False
 
 
 class Context(NamedTuple):

@@ -34,7 +34,7 @@ def language_model(path: str, model: Any, context: Context) -> Iterator[Edit | L
         if "ALL_ATTENTION_FUNCTIONS" in names_of(type(layer).forward)
     ]
     if not layers:
-        yield Left("varlen_attention", path, "its layers take no attention implementation")
+        yield Left("varlen_attention", path, "its layers take no attention implementation", True)
         return
     yield from attention_of(path, model, layers, context)
     yield from _rotary_of(path, rotary, layers, context)
@@ -98,11 +98,11 @@ def _rotary_of(
     forward = type(layer).forward
     name = next((name for name in _ROTARY if can_rewire(forward, name)), None)
     if name is None:
-        yield Left("mrope", path, "its layers call no rotary embedding that is known")
+        yield Left("mrope", path, "its layers call no rotary embedding that is known", True)
         return
     turn, what = _turn_of(rotary, layer, name, context.impl)
     if turn is None:
-        yield Left("mrope", path, what)
+        yield Left("mrope", path, what, _is_plain(rotary))
         return
     tables = _positions if turn.func is _turn_by_positions else _float_tables
     where = f"{path}.rotary_emb".removeprefix(".")
@@ -118,9 +118,10 @@ def _turn_of(
     """What turns the heads of ``layer`` as its model does, found by trying; or why nothing does."""
     stock = global_of(type(layer).forward, name)
     pairs = layer.head_dim // 2
-    section = getattr(rotary, "mrope_section", None)
-    theta = (getattr(rotary.config, "rope_parameters", None) or {}).get("rope_theta")
-    if getattr(rotary, "rope_type", None) == "default" and theta and not rotary.inv_freq.is_meta:
+    settings = getattr(rotary.config, "rope_parameters", None) or {}
+    section = getattr(rotary, "mrope_section", settings.get("mrope_section"))
+    theta = settings.get("rope_theta")
+    if theta and not rotary.inv_freq.is_meta and getattr(rotary, "rope_type", "") == "default":
         options = [(list(section), True), (list(section), False)] if section else []
         for sections, interleaved in [*options, ([pairs, 0, 0], False)]:
             turn = functools.partial(
@@ -136,6 +137,13 @@ def _turn_of(
     if name == "apply_rotary_pos_emb" and turns_by_table(stock, turn, (1, 2, 3), layer.head_dim):
         return turn, "patchpack.rope, from the model's own tables"
     return None, f"{name} turns heads as no op here does"
+
+
+def _is_plain(rotary: Any) -> bool:
+    """Whether its frequencies are neither scaled, nor rounded, nor unknown yet."""
+    inv_freq = rotary.inv_freq
+    plain = getattr(rotary, "rope_type", "") == "default"
+    return plain and inv_freq.dtype == torch.float32 and not inv_freq.is_meta
 
 
 @torch.no_grad()
@@ -229,7 +237,7 @@ def rope_index(path: str, model: Any, context: Context) -> Iterator[Edit | Left]
     if index is None:
         return
     if not _indexes_alike(model, index):
-        yield Left("get_mrope_position_ids", path, "its positions follow another rule")
+        yield Left("get_mrope_position_ids", path, "its positions follow another rule", True)
         return
     what = "patchpack.metadata.get_mrope_position_ids"
     value = method(functools.partial(_get_rope_index, index), model, "get_rope_index")

@@ -29,7 +29,7 @@ def dense_encoder(path: str, tower: Any, context: Context) -> Iterator[Edit | Le
         and getattr(layer, "is_causal", True) is False
     ]
     if not layers:
-        yield Left("varlen_attention", path, "its layers take no attention implementation")
+        yield Left("varlen_attention", path, "its layers take no attention implementation", True)
         return
     if reason := _text.unfit(layers[0]):
         yield Left("varlen_attention", path, reason)
@@ -77,7 +77,7 @@ def position_table(path: str, module: Any, context: Context) -> Iterator[Edit | 
     if not hasattr(type(module), name):
         return
     if not isinstance(table, Tensor) or "bicubic" not in _strings(type(module)):
-        yield Left("add_pos_embed", path, "its position table is resized in another way")
+        yield Left("add_pos_embed", path, "its position table is resized in another way", True)
         return
     interpolate = method(functools.partial(_position_table, context.impl), module, name)
     what = "patchpack.add_pos_embed, where the size is not the table's"
@@ -112,7 +112,7 @@ def any_resolution(path: str, model: Any, context: Context) -> Iterator[Edit | L
     if not hasattr(cls, name) or not hasattr(model, "image_newline"):
         return
     if not hasattr(cls, "apply_pooling"):
-        yield Left("assemble", path, "its crops become tokens by another rule")
+        yield Left("assemble", path, "its crops become tokens by another rule", True)
         return
     pack = method(functools.partial(_pack_image_features, context.impl), model, name)
     yield Edit("assemble", path, model, name, pack, "patchpack.assemble")

@@ -36,12 +36,13 @@ def packed_encoder(path: str, tower: Any, context: Context) -> Iterator[Edit | L
         if "ALL_ATTENTION_FUNCTIONS" in names_of(type(block).forward)
     ]
     if not blocks:
-        yield Left("varlen_attention", path, "its blocks take no attention implementation")
+        yield Left("varlen_attention", path, "its blocks take no attention implementation", True)
         return
     _, block = blocks[0]
     packed = False
     if "is_flash_attention_requested" not in names_of(type(block).forward):
-        yield Left("varlen_attention", path, "its blocks never take a packed sequence at once")
+        why = "its blocks never take a packed sequence at once"
+        yield Left("varlen_attention", path, why, True)
     elif reason := _text.unfit(block):
         yield Left("varlen_attention", path, reason)
     else:
@@ -99,7 +100,7 @@ def _tower(
             what = "patchpack.add_pos_embed"
             yield Edit("add_pos_embed", where, tower.pos_embed, "forward", forward, what)
         else:
-            yield Left("add_pos_embed", path, "its position table is no nn.Embedding")
+            yield Left("add_pos_embed", path, "its position table is no nn.Embedding", True)
             table = None
     else:
         table = None
@@ -229,7 +230,7 @@ def _rotary_of_blocks(
     if not blocks:
         return
     if reason := _unlike_tables(blocks, context.impl):
-        yield Left("rope_2d", path, reason)
+        yield Left("rope_2d", path, reason, True)
         return
     turn = functools.partial(_turn_by_table, impl=context.impl)
     for where, block in blocks:
