@@ -46,8 +46,13 @@ def noise(height, width, channels=3, seed=0):
 def assert_same(images, call=None, **options):
     """Bit for bit, and in dtypes and sizes, what the original gives."""
     call = {"return_tensors": "pt", **(call or {})}
-    want = Original(**options)(images, **call)
     got = ImageProcessor(**options)(images, **call)
+    try:
+        want = Original(**options)(images, **call)
+    except ValueError as error:  # of one or four channels, which early versions do not take
+        if "channel dimension format" not in str(error):
+            raise
+        pytest.skip("the original refuses such images")
     assert got.keys() == want.keys()
     for name, x in want.items():
         torch.testing.assert_close(got[name], x, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
