@@ -453,6 +453,8 @@ class NativeViT(nn.Module):
     """
 
     def __init__(self, config: NativeViTConfig, *, impl: str | None = None) -> None:
+        if not isinstance(config, NativeViTConfig):
+            raise TypeError(f"config must be a NativeViTConfig, got {type(config).__name__}")
         super().__init__()
         self.config = config
         self.impl = impl
