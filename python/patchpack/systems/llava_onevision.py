@@ -613,6 +613,8 @@ def merge_patches(
     if any(p.pooling == "max" for p in plans):
         tokens = torch.cat([tokens.flatten(0, -2), _max_pooled(tokens, plans, impl)])
     where = layout(plans, device=tokens.device)
+    if newline is None and where.num_vectors:
+        raise ValueError("newline must be a vector where plans have newlines, got None")
     return patchpack.assemble(tokens, newline, where, impl=impl)
 
 
