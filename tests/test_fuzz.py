@@ -371,7 +371,7 @@ def _assemble(draw, small: bool) -> dict:
         "parts": draw(parts),
         "vectors": vectors,
         "channels": draw(st.integers(1, _most(sizes, 40 if small else 300))),
-        "spare": draw(st.integers(0, 3)),
+        "spare": draw(st.integers(0, 3)) if len(sizes) == 1 else 0,
     }
 
 
