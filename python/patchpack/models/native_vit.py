@@ -32,10 +32,15 @@ from patchpack import (
     varlen_attention,
 )
 
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": _quick_gelu,  # by a name, with which an encoder is pickled
     "swiglu": F.silu,
 }
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}

@@ -459,9 +459,7 @@ class SimpleMlp(nn.Module):
     def __init__(
         self, in_channels: int = 1152, out_channels: int = 3584, *, impl: str | None = None
     ) -> None:
-        in_channels, out_channels = _check.whole(
-            in_channels=in_channels, out_channels=out_channels
-        )
+        in_channels, out_channels = _check.whole(in_channels=in_channels, out_channels=out_channels)
         super().__init__()
         self.impl = impl
         self.proj = nn.Sequential(
