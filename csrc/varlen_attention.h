@@ -275,11 +275,11 @@ struct Backward : Blocks<scalar_t> {
     return kept.data + (kAnew ? key * kBlockQ : 0);
   }
 
-  // Scores, as powers of 2 unless they are kept, and `grad_p` of a block of keys.
+  // Scores, as powers of 2, and `grad_p` of a block of keys.
   void multiply_keys(const Segment& s, const QueryBlock& block, int64_t key, int64_t num_keys) {
     const int64_t vectors = block.vectors(kLanes);
     Base::multiply_heads(keys.data + key * stride_units, queries.data, of_keys(scores, key),
-                         num_keys, vectors, Scale{kAnew ? 1.0f : a.score_scale});
+                         num_keys, vectors, Scale{a.score_scale});
     Base::mask(s, block, key, num_keys, of_keys(scores, key));
     Base::multiply_heads(values.data + key * stride_units, grads.data, of_keys(grad_p, key),
                          num_keys, vectors, Assign{});
@@ -317,11 +317,8 @@ struct Backward : Blocks<scalar_t> {
     std::fill_n(top.data, kBlockQ, kLowest);
     for_keys([&](int64_t key, int64_t num_keys) {
       multiply_keys(s, block, key, num_keys);
-      for (int64_t i = 0; i < block.size; i += kLanes) {
-        const float* x = of_keys(scores, key) + i;
-        const Floats largest = Base::largest(splat(-INFINITY), x, num_keys);
-        store(top.data + i, max(load(top.data + i), largest * a.score_scale));
-      }
+      for (int64_t i = 0; i < block.size; i += kLanes)
+        store(top.data + i, Base::largest(load(top.data + i), of_keys(scores, key) + i, num_keys));
     });
     for (int64_t i = 0; i < block.size; i += kLanes) {
       Floats total = {}, dot = {};
@@ -331,7 +328,7 @@ struct Backward : Blocks<scalar_t> {
           Floats part_of_total = {}, part_of_dot = {};
           for (int64_t r = begin; r < end; ++r) {
             float* x = of_keys(scores, key) + r * kBlockQ + i;
-            const Floats p = exp2(fma(load(x), splat(a.score_scale), -load(top.data + i)));
+            const Floats p = exp2(load(x) - load(top.data + i));
             store(x, p);
             part_of_total += p;
             part_of_dot = fma(p, load(of_keys(grad_p, key) + r * kBlockQ + i), part_of_dot);
