@@ -15,7 +15,8 @@ FAULTS = [
         "python/patchpack/packing/_grid.py",
         "            with _keepable():\n                position_ids = self._make_position_ids()\n"
         '            object.__setattr__(self, "_position_ids", position_ids)',
-        "            with _keepable():\n                position_ids = torch.empty(self.num_tokens, 2)\n"
+        "            with _keepable():\n"
+        "                position_ids = torch.empty(self.num_tokens, 2)\n"
         '                object.__setattr__(self, "_position_ids", position_ids)\n'
         "                position_ids.copy_(self._make_position_ids())",
         "tests/test_reliability.py -k keeps_no_half",
@@ -23,7 +24,8 @@ FAULTS = [
     Fault(
         "reliability: the interpreter stays active when a launch fails",
         "python/patchpack/_interpreter.py",
-        "            try:\n                yield\n            finally:\n                _active = False",
+        "            try:\n                yield\n"
+        "            finally:\n                _active = False",
         "            yield\n            _active = False",
         "tests/test_reliability.py -k allocation_that_fails-and-rope-and-triton",
     ),
@@ -55,7 +57,8 @@ FAULTS = [
         "reliability: workers and this process number the frames differently",
         "python/patchpack/packing/_grid.py",
         '            ("_sizes", sizes),\n            ("_position_ids", None),',
-        '            ("_sizes", sizes),\n            ("_position_ids", geometry.new_empty(num_tokens, 2)),',
+        '            ("_sizes", sizes),\n'
+        '            ("_position_ids", geometry.new_empty(num_tokens, 2)),',
         "tests/test_reliability.py -k workers_make",
     ),
     Fault(
@@ -98,8 +101,8 @@ FAULTS = [
     Fault(
         "fuzz: window index of torch and of C++ differ past the last row",
         "python/patchpack/metadata.py",
-        "    height = (rows - side * band).clamp(max=side)\n    width",
-        "    height = rows.clamp(max=side)\n    width",
+        "    height = (rows - side * band).clamp(max=side)\n    window,",
+        "    height = rows.clamp(max=side)\n    window,",
         "tests/test_fuzz.py -k a_few_draws-and-grids",
     ),
 ]
