@@ -806,6 +806,15 @@ def test_a_few_draws(name):
     fuzz(name, hypothesis.settings(SETTINGS, max_examples=draws, database=None), seed=1)
 
 
+@pytest.mark.parametrize("op", SPECS)
+def test_every_layout_has_the_bits_of_contiguous_inputs(op):
+    if reason := patchpack.available(op, "native"):
+        pytest.skip(reason)
+    for layout, case in itertools.product(LAYOUTS, list(SPECS[op].cases)[:2]):
+        drawn = Drawn(op, case, impl="native", options=SPECS[op].cases[case], layouts=(layout,))
+        check_layouts(drawn)
+
+
 SETTINGS = hypothesis.settings(
     deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
 )

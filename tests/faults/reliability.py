@@ -96,6 +96,13 @@ FAULTS = [
         "        q, k, position_ids, sections, mrope_interleaved, float(base), False\n",
         "        q, k, position_ids.as_strided(position_ids.shape, (position_ids.shape[1], 1)),\n"
         "        sections, mrope_interleaved, float(base), False\n",
+        "tests/test_fuzz.py -k every_layout-and-mrope",
+    ),
+    Fault(
+        "fuzz: a base that is not the default is forgotten",
+        "python/patchpack/ops/mrope.py",
+        "position_ids, sections, mrope_interleaved, float(base), False\n",
+        "position_ids, sections, mrope_interleaved, 1e6, False\n",
         "tests/test_fuzz.py -k a_few_draws-and-mrope-and-native",
     ),
     Fault(
