@@ -165,10 +165,10 @@ def _varlen_attention(draw, small: bool) -> dict:
     else:
         sizes = draw(st.lists(_ones(merge, 2, 6 if small else 14), min_size=1, max_size=5))
     pairs = sum(t * (h * w) ** 2 for t, h, w in sizes)
-    costly = small or pairs > 2**20 or len(sizes) > 64
-    num_k_heads = draw(st.integers(1, 1 if costly else 3))
-    group = draw(st.integers(1, 1 if pairs > 2**20 else 2 if small else 4))
-    head_dim = 4 * draw(st.integers(1, 32)) if merge else draw(st.integers(1, 128))
+    many = len(sizes) > 64  # autograd of a slice costs the whole: the reference takes as many
+    num_k_heads = draw(st.integers(1, 1 if small or many or pairs > 2**20 else 3))
+    group = draw(st.integers(1, 1 if many or pairs > 2**20 else 2 if small else 4))
+    head_dim = 4 * draw(st.integers(1, 32)) if merge else draw(st.integers(1, 8 if many else 128))
     options = {
         "sizes": sizes,
         "heads": (group * num_k_heads, num_k_heads),
@@ -190,7 +190,7 @@ def _varlen_attention(draw, small: bool) -> dict:
         }
         longest = max(h * w for _, h, w in sizes)
         options["max_seqlen_q"] = draw(st.sampled_from([None, longest]))
-    elif draw(st.booleans()):
+    elif not many and draw(st.booleans()):
         options["keys"] = draw(st.sampled_from([1.0, 0.0, 0.4, 2.5] if pairs < 2**20 else [1.0]))
         options["more_keys"] = draw(
             st.sampled_from([0, 1, 40, 1100] if pairs < 2**16 and not small else [0, 1, 40])
