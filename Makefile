@@ -10,7 +10,7 @@ env = .venv/torch-$(TORCH)-triton-$(TRITON)
 native = python/patchpack/_C.abi3.so
 bin = .venv/bin
 
-.PHONY: demo test check transformers bench compiled mutate sanitize abi dev
+.PHONY: demo test check transformers bench compiled mutate fuzz sanitize abi dev
 
 demo: $(native)
 	$(bin)/python -m patchpack demo
@@ -51,6 +51,11 @@ compiled: $(native)
 
 mutate: $(native)
 	$(bin)/python tests/mutate.py
+
+# drawn batches of every op, for FUZZ_SECONDS; what failed before comes first
+FUZZ_SECONDS ?= 600
+fuzz: $(native)
+	$(bin)/python tests/test_fuzz.py --seconds $(FUZZ_SECONDS)
 
 # the native ops in a copy of the package whose C++ watches its memory and its arithmetic
 sanitize: watch = -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -151,8 +151,8 @@ def test_a_part_that_is_not_in_a_list_is_named():
         ([0, 1], TypeError, "index must be a tensor, got list"),
         (torch.zeros(2), TypeError, r"index must be int64 or int32 \[N\], got torch.float32 \[2\]"),
         (torch.tensor([[1]]), TypeError, r"index must be int64 or int32 \[N\], got torch.int64"),
-        (torch.tensor([0, 5]), ValueError, r"index\[1\] must be a row of 5, got 5"),
-        (torch.tensor([-1, 5]), ValueError, r"index\[0\] must be a row of 5, got -1"),
+        (torch.tensor([0, 5]), ValueError, r"index\[1\] must be a row of num_rows=5, got 5"),
+        (torch.tensor([-1, 5]), ValueError, r"index\[0\] must be a row of num_rows=5, got -1"),
         (torch.tensor([3, 1, 0, 3]), ValueError, r"index must name every row once at most, got 3"),
     ],
 )

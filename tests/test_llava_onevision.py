@@ -604,7 +604,11 @@ def test_gradients_reach_the_tokens_the_projector_and_the_newline(p, impl):
         ({"plans": [(2, 3)]}, TypeError, "plans[0] must be a Plan, got tuple"),
         ({"plans": plan(384, 384)}, TypeError, "plans must be a sequence of plans, got Plan"),
         ({"newline": torch.zeros(3)}, ValueError, "newline must have shape [2], got [3]"),
-        ({"newline": None}, ValueError, "vectors must have the 1 vectors of layout, got None"),
+        (
+            {"newline": None},
+            ValueError,
+            "newline must be a vector where plans have newlines, got None",
+        ),
         ({"newline": torch.zeros(2).double()}, TypeError, "vectors must have the dtype of tokens"),
         ({"impl": "fast"}, ValueError, "impl must be"),
     ],

@@ -383,7 +383,7 @@ def test_targets_may_be_arrays():
     [
         ([1, 4], r"must start with 0, got \[1\]"),
         ([0, 4, 3], r"must not decrease, got 4, 3 at 1"),
-        ([0, 4, 11], r"must end at or before 10, got 11"),
+        ([0, 4, 11], r"must end at or before num_tokens=10, got 11"),
     ],
 )
 def test_bad_cu_seqlens_are_named(bounds, message):

@@ -706,9 +706,9 @@ def test_bad_rotations_are_named(impl):
     grid = PackedGrid([(2, 3)])
     with pytest.raises(ValueError, match=r"cu_seqlens_k must be None with rope"):
         varlen_attention(Q, Q, Q, CU, CU, rope=grid, impl=impl)
-    with pytest.raises(ValueError, match=r"q must have the 8 tokens of grid, got \[6, 4, 16\]"):
+    with pytest.raises(ValueError, match=r"q must have the 8 tokens of rope, got \[6, 4, 16\]"):
         varlen_attention(Q, Q, Q, CU, rope=PackedGrid([(2, 4)]), impl=impl)
-    with pytest.raises(ValueError, match=r"axes must be one of 'split', .* got 'hw'"):
+    with pytest.raises(ValueError, match=r"rope_axes must be one of 'split', .* got 'hw'"):
         varlen_attention(Q, Q, Q, CU, rope=grid, rope_axes="hw", impl=impl)
 
 

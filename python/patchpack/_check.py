@@ -159,18 +159,18 @@ def heads(impl: str, q: Tensor, k: Tensor) -> None:
     same_device(q=q, k=k)
 
 
-def grid_of(name: str, x: Tensor, grid: PackedGrid) -> None:
-    """``grid`` describes the tokens of ``x``, on the same device."""
+def grid_of(name: str, x: Tensor, grid: PackedGrid, called: str = "grid") -> None:
+    """``grid``, an argument of the name ``called``, describes ``x``, on its device."""
     if not isinstance(grid, PackedGrid):
-        raise TypeError(f"grid must be a PackedGrid, got {type(grid).__name__}")
+        raise TypeError(f"{called} must be a PackedGrid, got {type(grid).__name__}")
     if torch.compiler.is_compiling():  # of a grid that is made in the graph
         torch._check(x.shape[0] == grid.num_tokens)
     elif x.shape[0] != grid.num_tokens:
         raise ValueError(
-            f"{name} must have the {grid.num_tokens} tokens of grid, got {list(x.shape)}"
+            f"{name} must have the {grid.num_tokens} tokens of {called}, got {list(x.shape)}"
         )
     if grid.geometry.device != x.device:
         raise ValueError(
-            f"grid must be on the device of {name}, {x.device}, got {grid.geometry.device};"
-            " use grid.to(...)"
+            f"{called} must be on the device of {name}, {x.device}, got {grid.geometry.device};"
+            f" use {called}.to(...)"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from patchpack.packing import _pytree, is_integer
+from patchpack.packing._grid import device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +195,13 @@ class TokenLayout:
                 _on_host=on_host,
                 _lengths=None,
             )
-            self._copy_to("cpu" if device is None else device)
+            self._copy_to(device_of("cpu" if device is None else device))
 
     def _set(self, **fields) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def _copy_to(self, device: torch.device | str) -> None:
+    def _copy_to(self, device: torch.device) -> None:
         table, maps = (x.to(device, non_blocking=True, copy=True) for x in self._on_host)
         self._set(table=table, maps=maps)
 
@@ -210,8 +211,16 @@ class TokenLayout:
 
         Their tokens follow each other likewise: each layout begins ``num_source_tokens`` after the
         one before it. Their vectors are the same.
+
+        Raises:
+            TypeError: There is something else than layouts.
         """
+        if not isinstance(layouts, Iterable):
+            raise TypeError(f"layouts must be TokenLayouts, got {type(layouts).__name__}")
         layouts = list(layouts)
+        for i, layout in enumerate(layouts):
+            if not isinstance(layout, TokenLayout):
+                raise TypeError(f"layouts[{i}] must be a TokenLayout, got {type(layout).__name__}")
         shifts = accumulate((layout.num_source_tokens for layout in layouts), initial=0)
         parts = [
             replace(part, first=part.first + shift) if isinstance(part, FeatureMap) else part
@@ -222,7 +231,7 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout with its tensors on ``device``; itself if they are there."""
-        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        device = torch.empty(0, device=device_of(device)).device  # "cuda" becomes "cuda:0"
         if device == self.table.device:
             return self
         moved = copy.copy(self)
@@ -248,16 +257,18 @@ def validate_index(index: Tensor, num_rows: int) -> None:
         num_rows: How many rows there are.
 
     Raises:
-        TypeError: It is no integer tensor of one dimension.
+        TypeError: It is no integer tensor of one dimension, or ``num_rows`` no integer.
         ValueError: It names a row twice, or one that is not there.
     """
     if not isinstance(index, Tensor):
         raise TypeError(f"index must be a tensor, got {type(index).__name__}")
     if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"index must be int64 or int32 [N], got {index.dtype} {list(index.shape)}")
+    if not is_integer(num_rows):
+        raise TypeError(f"num_rows must be an int, got {num_rows!r}")
     rows = index.cpu()
     for i in ((rows < 0) | (rows >= num_rows)).nonzero()[:1, 0].tolist():
-        raise ValueError(f"index[{i}] must be a row of {num_rows}, got {int(rows[i])}")
+        raise ValueError(f"index[{i}] must be a row of num_rows={num_rows}, got {int(rows[i])}")
     ordered = rows.sort().values
     for row in ordered[1:][ordered.diff() == 0][:1].tolist():
         raise ValueError(f"index must name every row once at most, got {row} twice")

@@ -32,10 +32,15 @@ from patchpack import (
     varlen_attention,
 )
 
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": _quick_gelu,  # by a name, with which an encoder is pickled
     "swiglu": F.silu,
 }
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -466,6 +471,8 @@ class NativeViT(nn.Module):
     """
 
     def __init__(self, config: NativeViTConfig, *, impl: str | None = None) -> None:
+        if not isinstance(config, NativeViTConfig):
+            raise TypeError(f"config must be a NativeViTConfig, got {type(config).__name__}")
         super().__init__()
         self.config = config
         self.impl = impl

@@ -49,7 +49,8 @@ def rope_2d(
     """
     impl = _dispatch.resolve("rope_2d", impl, q=q)
     _check.heads(impl, q, k)
-    check_rotation("q", q, grid, base, interleaved, axes)
+    check_options(base=base, interleaved=interleaved, axes=axes)
+    check_rotation("q", q, grid)
     if impl == "reference":
         with _dispatch.without_autocast(q):
             return reference.rope_2d(q, k, grid, base=base, interleaved=interleaved, axes=axes)
@@ -99,7 +100,8 @@ def rope_2d_(
     """
     impl = _dispatch.resolve("rope_2d_", impl, qkv=qkv)
     _in_place.check(impl, qkv, num_heads)
-    check_rotation("qkv", qkv, grid, base, interleaved, axes)
+    check_options(base=base, interleaved=interleaved, axes=axes)
+    check_rotation("qkv", qkv, grid)
     if _in_place.is_composed(impl, qkv):
         q, k = _in_place.heads_of(qkv, num_heads)
         options = {"base": base, "interleaved": interleaved, "axes": axes, "impl": impl}
@@ -114,16 +116,18 @@ def rope_2d_(
     return _in_place.turn_(qkv, rotate, grid.geometry)
 
 
-def check_rotation(
-    name: str, x: Tensor, grid: PackedGrid, base: float, interleaved: bool, axes: str
-) -> None:
-    """``x`` has heads that ``rope_2d`` can turn by these arguments."""
+def check_rotation(name: str, x: Tensor, grid: PackedGrid, called: str = "grid") -> None:
+    """``x`` has heads that ``rope_2d`` can turn by ``grid``."""
     if x.shape[-1] % 4 or x.shape[-1] == 0:
         raise ValueError(f"{name} must have a head size that divides by 4, got {x.shape[-1]}")
-    _check.grid_of(name, x, grid)
-    _check.positive("base", base)
-    _check.flags(interleaved=interleaved)
-    _check.one_of("axes", axes, ("split", "even_odd", "paired"))
+    _check.grid_of(name, x, grid, called)
+
+
+def check_options(prefix: str = "", *, base: float, interleaved: bool, axes: str) -> None:
+    """Options of ``rope_2d`` fit; ``prefix`` is what their names begin with in another op."""
+    _check.positive(f"{prefix}base", base)
+    _check.flags(**{f"{prefix}interleaved": interleaved})
+    _check.one_of(f"{prefix}axes", axes, ("split", "even_odd", "paired"))
 
 
 def _fake(q, k, geometry, spatial_merge_size, base, interleaved, axes, inverse):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from patchpack import _check, _dispatch, reference
-from patchpack.ops.rope_2d import check_rotation, rope_2d
+from patchpack.ops.rope_2d import check_options, check_rotation, rope_2d
 from patchpack.packing import PackedGrid, is_integer
 
 _ROTATED_TOKENS = 64  # of the segments that are rotated as they are loaded: what a program holds
@@ -122,14 +122,17 @@ def varlen_attention(
         )
         if not (length is None or scalar or is_integer(length)):
             raise TypeError(f"{name} must be an int or None, got {type(length).__name__}")
+        if isinstance(length, int) and length < 0:
+            raise ValueError(f"{name} must not be negative, got {length}")
     if softmax_scale is not None:
         _check.positive("softmax_scale", softmax_scale)
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     left, right = _check.window("window_size", window_size)
     _check.flags(causal=causal, return_lse=return_lse)
     options = {"base": rope_base, "interleaved": rope_interleaved, "axes": rope_axes}
+    check_options("rope_", **options)
     if rope is not None:
-        check_rotation("q", q, rope, **options)
+        check_rotation("q", q, rope, "rope")
         short = isinstance(max_seqlen_q, int) and max_seqlen_q <= _ROTATED_TOKENS
         plain = not (causal or rope_interleaved) and left == right == -1
         if impl == "triton" and short and plain and q.dtype != torch.float32:

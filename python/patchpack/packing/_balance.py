@@ -49,7 +49,12 @@ def vit_flops(plan: _Plan) -> float:
     feed-forward layer. Attention takes ``4 C L`` for each of the ``L`` tokens of a frame, with
     ``C = 1280`` channels. Other widths shift the balance of the two, other depths nothing; a
     backward pass takes twice as much of both.
+
+    Raises:
+        TypeError: ``plan`` has no ``grids``.
     """
+    if not hasattr(plan, "grids"):
+        raise TypeError(f"plan must be a plan, got {plan!r}")
     tokens = squares = 0
     for frames, rows, cols in plan.grids:
         tokens += frames * rows * cols

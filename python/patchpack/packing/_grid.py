@@ -224,7 +224,8 @@ def _rows_of(sizes: Sequence[Sequence[int]]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
-def _device(device: torch.device | str) -> torch.device:
+def device_of(device: torch.device | str) -> torch.device:
+    """``device`` as torch has it."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError):
@@ -361,7 +362,7 @@ class PackedGrid:
                 *found, tokens, longest = torch.ops.patchpack.grid_metadata(*arguments)
                 found += tokens.shape[0], longest.shape[0]
             found = sizes, sizes.clone(), *found
-        self._set(found, spatial_merge_size, merge_temporal, _device(device))
+        self._set(found, spatial_merge_size, merge_temporal, device_of(device))
 
     def _set(
         self, found: tuple, spatial_merge_size: int, merge_temporal: bool, device: torch.device
@@ -429,8 +430,10 @@ class PackedGrid:
         """How many blocks of ``size x size`` tokens the maps are made of, known on the host.
 
         Raises:
+            TypeError: ``size`` is no integer.
             ValueError: Rows or columns do not divide by ``size``.
         """
+        size = _merge_size(size, "size")
         if (self.block_size or self.spatial_merge_size) % size == 0:  # checked when it was built
             return self.num_tokens // size**2
         if self.block_size is not None:
@@ -679,7 +682,7 @@ class PackedGrid:
 
     def to(self, device: torch.device | str) -> PackedGrid:
         """The same grid with its device tensors on ``device``; itself if they are there."""
-        device = torch.empty(0, device=_device(device)).device  # "cuda" becomes "cuda:0"
+        device = torch.empty(0, device=device_of(device)).device  # "cuda" becomes "cuda:0"
         if device == self.geometry.device:
             return self
         # built anew from what the host knows: no device is waited for
@@ -731,7 +734,7 @@ def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         num_tokens: Length of the packed sequence; the last segment may end before it.
 
     Raises:
-        TypeError: It is no int32 tensor of one dimension.
+        TypeError: It is no int32 tensor of one dimension, or ``num_tokens`` no integer.
         ValueError: It does not start at 0, decreases, or ends past ``num_tokens``.
     """
     if not isinstance(cu_seqlens, Tensor):
@@ -740,6 +743,8 @@ def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         raise TypeError(
             f"cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
+    if not is_integer(num_tokens):
+        raise TypeError(f"num_tokens must be an int, got {num_tokens!r}")
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0:
         raise ValueError(f"cu_seqlens must start with 0, got {bounds[:1]}")
@@ -747,4 +752,6 @@ def validate_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         if end < begin:
             raise ValueError(f"cu_seqlens must not decrease, got {begin}, {end} at {i}")
     if bounds[-1] > num_tokens:
-        raise ValueError(f"cu_seqlens must end at or before {num_tokens}, got {bounds[-1]}")
+        raise ValueError(
+            f"cu_seqlens must end at or before num_tokens={num_tokens}, got {bounds[-1]}"
+        )

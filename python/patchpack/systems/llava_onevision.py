@@ -125,11 +125,16 @@ def select_best_resolution(
 
     Raises:
         ValueError: A size is not positive or not below 2**63, or there is none to choose from.
-        TypeError: A size is not an integer.
+        TypeError: A size is not an integer, or one of ``resolutions`` not a pair of them.
     """
     height, width = _check.whole(height=height, width=width)
+    if not isinstance(resolutions, (list, tuple)) or not all(map(_is_size, resolutions)):
+        raise TypeError(f"resolutions must be pairs of integers, got {resolutions!r}")
     if not resolutions:
         raise ValueError(f"resolutions must be at least one, got {resolutions!r}")
+    for size in resolutions:
+        if min(size) < 1:
+            raise ValueError(f"resolutions must be at least 1 pixel on a side, got {size}")
 
     def kept_and_wasted(size: tuple[int, int]) -> tuple[int, int]:
         h, w = size
@@ -608,6 +613,8 @@ def merge_patches(
     if any(p.pooling == "max" for p in plans):
         tokens = torch.cat([tokens.flatten(0, -2), _max_pooled(tokens, plans, impl)])
     where = layout(plans, device=tokens.device)
+    if newline is None and where.num_vectors:
+        raise ValueError("newline must be a vector where plans have newlines, got None")
     return patchpack.assemble(tokens, newline, where, impl=impl)
 
 

@@ -295,7 +295,12 @@ def frame_embeddings(channels: int, *, device: torch.device | None = None) -> Te
     """Sinusoids of frames 0 to 3, float32 ``[5, channels]``: row 0 is zero, row ``i`` frame i - 1.
 
     The first half of the channels are sines, the second half cosines, of the same frequencies.
+
+    Raises:
+        ValueError: ``channels`` is below 1.
+        TypeError: ``channels`` is not an integer.
     """
+    (channels,) = _check.whole(channels=channels)
     frequency = 10_000.0 ** -(torch.arange(0, channels, 2, device=device).double() / channels)
     angle = torch.arange(CLIP_FRAMES, device=device)[:, None] * frequency
     return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, 0, 1, 0)).float()
@@ -340,6 +345,7 @@ def mean_of_frames(
         ValueError: A shape or a device does not fit, or ``grid`` is in merge-block order.
         TypeError: An argument has the wrong type.
     """
+    _check.shape("x", x, None, None)
     _check.grid_of("x", x, grid)
     if grid.spatial_merge_size != 1:
         raise ValueError(f"grid must have spatial_merge_size=1, got {grid.spatial_merge_size}")
@@ -365,6 +371,10 @@ class Projector(nn.Module):
         merge_size: Side of the block of patches that becomes one token.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device. An
             attribute, which may change at any time.
+
+    Raises:
+        ValueError: A size is not positive.
+        TypeError: A size is not an integer.
     """
 
     def __init__(
@@ -375,6 +385,9 @@ class Projector(nn.Module):
         *,
         impl: str | None = None,
     ) -> None:
+        channels, out_channels, merge_size = _check.whole(
+            channels=channels, out_channels=out_channels, merge_size=merge_size
+        )
         super().__init__()
         self.merge_size = merge_size
         self.impl = impl

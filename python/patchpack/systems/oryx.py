@@ -328,6 +328,13 @@ def add_position(x: Tensor, table: Tensor, grid: PackedGrid, *, impl: str | None
         ValueError: A shape or a device does not fit.
         TypeError: An argument has the wrong type.
     """
+    if not isinstance(table, Tensor):
+        raise TypeError(f"table must be a tensor, got {type(table).__name__}")
+    if table.ndim != 3 or table.shape[:2].numel() != TABLE_SIDE**2:
+        raise ValueError(
+            f"table must have shape [{TABLE_SIDE}, {TABLE_SIDE}, C] or [1, {TABLE_SIDE**2}, C],"
+            f" got {list(table.shape)}"
+        )
     table = table.reshape(TABLE_SIDE, TABLE_SIDE, -1)
     return add_pos_embed(x, table, grid, impl=impl)
 
@@ -351,9 +358,14 @@ class DynamicCompressor(nn.Module):
         channels: ``C``, channels of a patch.
         impl: How its ops run: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the
             device. An attribute, which may change at any time.
+
+    Raises:
+        ValueError: ``channels`` is below 1.
+        TypeError: ``channels`` is not an integer.
     """
 
     def __init__(self, channels: int = 1152, *, impl: str | None = None) -> None:
+        (channels,) = _check.whole(channels=channels)
         super().__init__()
         self.impl = impl
         self.vlm_query_projector = nn.Linear(channels, SCORE_CHANNELS)
@@ -438,11 +450,16 @@ class SimpleMlp(nn.Module):
         in_channels: Channels of a compressed token.
         out_channels: Channels of the language model.
         impl: As in ``DynamicCompressor``.
+
+    Raises:
+        ValueError: A size is not positive.
+        TypeError: A size is not an integer.
     """
 
     def __init__(
         self, in_channels: int = 1152, out_channels: int = 3584, *, impl: str | None = None
     ) -> None:
+        in_channels, out_channels = _check.whole(in_channels=in_channels, out_channels=out_channels)
         super().__init__()
         self.impl = impl
         self.proj = nn.Sequential(
@@ -485,11 +502,16 @@ class TokenPath(nn.Module):
         in_channels: Channels of the vision transformer.
         out_channels: Channels of the language model.
         impl: As in ``DynamicCompressor``, of both its parts.
+
+    Raises:
+        ValueError: A size is not positive.
+        TypeError: A size is not an integer.
     """
 
     def __init__(
         self, in_channels: int = 1152, out_channels: int = 3584, *, impl: str | None = None
     ) -> None:
+        _check.whole(in_channels=in_channels, out_channels=out_channels)
         super().__init__()
         self.vision_resampler = DynamicCompressor(in_channels, impl=impl)
         self.mm_projector = SimpleMlp(in_channels, out_channels, impl=impl)

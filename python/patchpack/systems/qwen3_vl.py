@@ -432,10 +432,12 @@ def vision_tokens(plan: Plan, tokenize: Callable[[str], Iterable[int]]) -> list[
         tokenize: Token ids of the text of a time, such as ``"<0.3 seconds>"``.
 
     Raises:
-        TypeError: ``plan`` is of another kind.
+        TypeError: ``plan`` is of another kind, or ``tokenize`` no function.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    if not callable(tokenize):
+        raise TypeError(f"tokenize must be a function, got {tokenize!r}")
     if plan.frame_indices is None:
         return qwen2_vl.vision_tokens(plan)
     run = [VISION_START, *[VIDEO_PAD] * (plan.llm_tokens // len(plan.timestamps)), VISION_END]

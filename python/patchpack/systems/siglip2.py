@@ -213,6 +213,10 @@ class Embeddings(nn.Module):
         table_side: Rows and columns of the table, in patches.
         impl: ``"triton"``, ``"native"`` or ``"reference"``; by default that of the device. An
             attribute, which may change at any time.
+
+    Raises:
+        ValueError: A size is not positive.
+        TypeError: A size is not an integer.
     """
 
     def __init__(
@@ -223,6 +227,9 @@ class Embeddings(nn.Module):
         *,
         impl: str | None = None,
     ) -> None:
+        channels, patch_size, table_side = _check.whole(
+            channels=channels, patch_size=patch_size, table_side=table_side
+        )
         super().__init__()
         self.impl = impl
         self.patch_embedding = nn.Linear(3 * patch_size**2, channels)
@@ -246,6 +253,10 @@ class PoolingHead(nn.Module):
         num_heads: ``H``; the head size ``C / H`` is 128 at most.
         mlp_size: Hidden channels of its MLP.
         impl: As in ``Embeddings``.
+
+    Raises:
+        ValueError: A size is not positive, or ``channels`` does not divide by ``num_heads``.
+        TypeError: A size is not an integer.
     """
 
     def __init__(
@@ -256,6 +267,14 @@ class PoolingHead(nn.Module):
         *,
         impl: str | None = None,
     ) -> None:
+        channels, num_heads, mlp_size = _check.whole(
+            channels=channels, num_heads=num_heads, mlp_size=mlp_size
+        )
+        if channels % num_heads or channels // num_heads > 128:
+            raise ValueError(
+                f"channels must be num_heads={num_heads} times a head size of at most 128,"
+                f" got {channels}"
+            )
         super().__init__()
         self.impl = impl
         self.probe = nn.Parameter(torch.randn(1, 1, channels))
