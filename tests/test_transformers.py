@@ -637,3 +637,56 @@ def test_the_example_trains_as_without_patchpack():
     assert len(losses) == 4
     assert losses[-1][0] < losses[0][0] - 1
     assert all(abs(ours - plain) < 1e-4 * plain for ours, plain in losses)
+
+
+# Others that share transformers' vision_utils ----------------------------------------------------
+
+OTHERS = {
+    "cohere_compass": "CohereCompassVisionModel",
+    "ernie4_5_vl_moe": "Ernie4_5_VLMoeVisionTransformerPretrainedModel",
+    "glm_ocr": "GlmOcrVisionModel",  # hands nothing on to its blocks
+    "minimax_m3_vl": "MiniMaxM3VLVisionModel",  # turns by frame, row and column
+    "muse_spark": "MuseSparkVisionModel",  # counts from 1, the column first
+    "qwen2_5_omni": "Qwen2_5OmniVisionEncoder",
+    "qwen3_5": "Qwen3_5VisionModel",
+    "qwen3_omni_moe": "Qwen3OmniMoeVisionEncoder",
+    "qwen3_vl_moe": "Qwen3VLMoeVisionModel",
+}
+SMALL = {
+    "hidden_size": 64,
+    "depth": 2,
+    "num_hidden_layers": 2,
+    "num_heads": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_encoders_of_other_models_compute_the_same(name):
+    modeling = pytest.importorskip(
+        f"transformers.models.{name}.modeling_{name}", reason="this transformers has none"
+    )
+    cls = getattr(modeling, OTHERS[name])
+    values = {key: x for key, x in SMALL.items() if hasattr(cls.config_class(), key)}
+    torch.manual_seed(0)
+    encoder = cls(cls.config_class(**values))
+    grid_thw = torch.tensor([[1, 4, 8], [2, 8, 4]])
+    embed = next(x for x in encoder.parameters() if x.ndim > 1 and not x.numel() % 48)
+    channels = embed[0].numel() if embed.ndim > 2 else embed.shape[1]
+    pixels = torch.randn(96, channels)
+    weights = torch.randn(96, 256)
+
+    def run():
+        encoder.zero_grad()
+        out = encoder(pixels, grid_thw).last_hidden_state
+        (out * weights[: out.shape[0], : out.shape[-1]]).sum().backward()
+        return [out, *(x.grad for x in encoder.parameters() if x.grad is not None)]
+
+    want = run()
+    report = apply_to(encoder)
+    assert {"rope_2d", "varlen_attention"} <= report.ops
+    for x, y in zip(run(), want, strict=True):
+        assert (x - y).abs().max() <= 2e-5 * y.abs().max()

@@ -9,23 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import CellType, CodeType, FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 
 def names_of(function: Callable) -> set[str]:
     """The global names that ``function``, below its decorators, refers to."""
     return {name for inner in _unwrapped(function) for name in inner.__code__.co_names}
-
-
-def keywords_of(function: Callable) -> set[str]:
-    """The names by which ``function``, below its decorators, passes arguments on."""
-
-    def strings(code: CodeType) -> set[str]:
-        tuples = [x for x in code.co_consts if isinstance(x, tuple)]
-        return {name for names in tuples for name in names if isinstance(name, str)}
-
-    return set().union(*(strings(inner.__code__) for inner in _unwrapped(function)))
 
 
 def global_of(function: Callable, name: str) -> Any:

@@ -20,6 +20,8 @@ from patchpack.integrations.transformers._rewire import (
 )
 
 _ROTARY = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")
+# what code of another kind may raise when it is tried
+_OTHERWISE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, StopIteration)
 _CLOSE = 1e-4  # of probes at positions below 100, whose angles are right to 1e-5 in float32
 
 
@@ -158,7 +160,7 @@ def _turns_alike(rotary, layer, stock, turn, section) -> bool:
         mixed = [section] if stock.__name__ == _ROTARY[1] else []
         want = stock(heads, heads.flip(2), cos, sin, *mixed)
         got = turn(heads, heads.flip(2), ids, ids)
-    except (ValueError, RuntimeError, IndexError):  # heads of another kind than the candidate's
+    except _OTHERWISE:
         return False
     return all(torch.allclose(x, y, rtol=0, atol=_CLOSE) for x, y in zip(got, want, strict=True))
 
@@ -178,7 +180,7 @@ def turns_by_table(stock, turn, shape: tuple[int, ...], head_dim: int) -> bool:
     try:
         want = stock(heads, heads.flip(0, 1), angles.cos(), angles.sin())
         got = turn(heads, heads.flip(0, 1), angles.cos(), angles.sin())
-    except (TypeError, ValueError, RuntimeError):
+    except _OTHERWISE:
         return False
     return all(torch.allclose(x, y, rtol=0, atol=_CLOSE) for x, y in zip(got, want, strict=True))
 
@@ -346,6 +348,6 @@ def _indexes_alike(model: Any, index: Index) -> bool:
     ids = torch.zeros_like(types).long()
     try:
         want = type(model).get_rope_index(model, ids, **arguments)
-    except TypeError:
+    except _OTHERWISE:
         return False
     return all(map(torch.equal, _get_rope_index(index, model, ids, **arguments), want))

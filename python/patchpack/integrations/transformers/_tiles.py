@@ -45,9 +45,10 @@ def dense_encoder(path: str, tower: Any, context: Context) -> Iterator[Edit | Le
 
 def pixel_unshuffle(path: str, model: Any, context: Context) -> Iterator[Edit | Left]:
     """``pixel_shuffle`` of InternVL, which makes one token of a block of them."""
-    if not hasattr(type(model), "pixel_shuffle"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(type(model), "pixel_shuffle") or not hasattr(config, "downsample_ratio"):
         return
-    ratio = 1 / model.config.downsample_ratio
+    ratio = 1 / config.downsample_ratio
     if not ratio.is_integer():
         yield Left("merge_tokens", path, f"it merges {ratio} tokens on a side")
         return

@@ -17,12 +17,22 @@ from patchpack.integrations.transformers._report import Context, Edit, Left, met
 from patchpack.integrations.transformers._rewire import (
     can_rewire,
     global_of,
-    keywords_of,
     names_of,
     rewired,
 )
 
 _ROTARY = "apply_rotary_pos_emb_vision"
+# models whose encoders order patches, windows and positions as Qwen2-VL to Qwen3-VL do
+_KNOWN = {
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen2_5_omni",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_omni_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+}
 
 
 def packed_encoder(path: str, tower: Any, context: Context) -> Iterator[Edit | Left]:
@@ -51,8 +61,8 @@ def packed_encoder(path: str, tower: Any, context: Context) -> Iterator[Edit | L
         for where, block in blocks:
             what = f"attention of the packed sequence in one call, as {name!r}"
             yield Edit("varlen_attention", where, block.config, "_attn_implementation", name, what)
-    if not {"merge_temporal", "include_temporal"}.isdisjoint(keywords_of(type(tower).forward)):
-        yield Left("metadata", path, "its segments or positions count frames otherwise")
+    if type(tower).__module__.rpartition(".modeling_")[2] not in _KNOWN:
+        yield Left("metadata", path, "what it makes of grids is its own; rotary tables are, too")
         yield from _rotary_of_blocks(path, blocks, context)
         return
     yield from _tower(path, tower, blocks, packed, names, context)
@@ -113,6 +123,7 @@ def _tower(
     else:
         for where, block in (pair for pair in blocks if pair not in rest):
             forward = rewired(type(block).forward, **{_ROTARY: _unturned})
+            forward = functools.partial(_with_rotation, forward)
             what = "rotated by rows and columns on the way to attention"
             yield Edit("rope_2d", where, block, "forward", method(forward, block), what)
         yield from _rotary_of_blocks(path, rest, context, drop=True)
@@ -218,9 +229,11 @@ def _no_tables(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
 def _turn_by_table(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Turn ``[T, H, D]`` by tables ``[T, D]`` whose halves are equal."""
-    half = cos.shape[-1] // 2
-    return rope(q, k, cos[:, :half].float(), sin[:, :half].float(), impl=impl)
+    """Turn ``[T, H, D]``, or ``[1, T, H, D]``, by tables ``[T, D]`` whose halves are equal."""
+    tables = (x[..., : x.shape[-1] // 2].float() for x in (cos, sin))
+    shape = q.shape[:-2]
+    q, k = rope(*(x.flatten(0, -3) for x in (q, k)), *tables, impl=impl)
+    return q.unflatten(0, shape), k.unflatten(0, shape)
 
 
 def _rotary_of_blocks(
@@ -250,6 +263,12 @@ def _unlike_tables(blocks: list[tuple[str, Any]], impl: str | None) -> str | Non
     if not _text.turns_by_table(global_of(forward, _ROTARY), turn, (3, 2), block.head_dim):
         return f"{_ROTARY} turns heads as patchpack.rope does not"
     return None
+
+
+def _with_rotation(forward, self, *args, **kwargs):
+    if kwargs.get("rotation") is None:
+        raise RuntimeError(f"{type(self).__name__} got no rotation: its encoder passed none on")
+    return forward(self, *args, **kwargs)
 
 
 def _without_rotation(forward, self, *args, rotation=None, **kwargs):
