@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import PIL.Image
@@ -50,7 +51,7 @@ def assert_same(images, call=None, **options):
     try:
         want = Original(**options)(images, **call)
     except ValueError as error:  # of one or four channels, which early versions do not take
-        if "channel dimension format" not in str(error):
+        if not re.search("channel dimension format|mean must have 1 elements", str(error)):
             raise
         pytest.skip("the original refuses such images")
     assert got.keys() == want.keys()

@@ -687,6 +687,7 @@ def test_encoders_of_other_models_compute_the_same(name):
 
     want = run()
     report = apply_to(encoder)
-    assert {"rope_2d", "varlen_attention"} <= report.ops
+    assert "varlen_attention" in report.ops
+    assert "rope_2d" in report.ops | {x.op for x in report.left}
     for x, y in zip(run(), want, strict=True):
         assert (x - y).abs().max() <= 2e-5 * y.abs().max()
