@@ -400,6 +400,16 @@ def test_checkpointed_activations_give_the_same_gradients(family):
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
+def test_samples_end_where_positions_restart():
+    model = models.make("qwen2_vl", "grouped")
+    batch = collate(_samples("qwen2_vl", model), config=model.config)
+    apply_to(model)
+    want = models.run(model, batch)
+    plain = {name: x for name, x in batch.items() if not name.startswith(("cu_seq", "max_length"))}
+    found = models.run(model, plain)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 def test_windows_are_grids_of_their_own():
     grid = patchpack.PackedGrid([(2, 12, 20), (1, 4, 6)], spatial_merge_size=2)
     windows = _vision.windows_of(grid, window_size=32, patch_size=4)

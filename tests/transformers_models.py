@@ -152,7 +152,13 @@ CONFIGS = {
         ),
         "merging 3 x 3, tied": _qwen2_vl(
             {"spatial_merge_size": 3, "num_heads": 1},
-            {"tie_word_embeddings": True, "num_key_value_heads": 4},
+            {
+                "tie_word_embeddings": True,
+                "num_key_value_heads": 4,
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "max_window_layers": 1,
+            },
         ),
     },
     "qwen2_5_vl": {
