@@ -11,14 +11,14 @@ FAULTS = [
         f"{HERE}/_attention.py",
         "keys = torch.stack([row, row, begin, end, end], dim=1)",
         "keys = torch.stack([row, begin, begin, end, end], dim=1)",
-        f"{TESTS} -k 'model_s and internvl and left and float32'",
+        f"{TESTS} -k model_s and internvl and left and float32",
     ),
     Fault(
         "transformers: a window of text is one key too wide",
         f"{HERE}/_attention.py",
         "sliding_window is None else sliding_window - 1",
         "sliding_window is None else sliding_window",
-        f"{TESTS} -k 'model_s and tied and right and float32'",
+        f"{TESTS} -k model_s and tied and right and float32",
     ),
     Fault(
         "transformers: positions that restart are not seen",
@@ -46,7 +46,7 @@ FAULTS = [
         f"{HERE}/_vision.py",
         "if i in tower.fullatt_block_indexes]",
         "if i not in tower.fullatt_block_indexes]",
-        f"{TESTS} -k 'model_s and qwen2_5_vl-windows-right and float32'",
+        f"{TESTS} -k model_s and qwen2_5_vl-windows-right and float32",
     ),
     Fault(
         "transformers: a sample is asked for its first token",
@@ -60,14 +60,14 @@ FAULTS = [
         f"{HERE}/_merge.py",
         "return hidden_states + torch.zeros_like",
         "return hidden_states + 0 * torch.zeros_like",
-        f"{TESTS} -k 'model_s and deepstack and packed and float32'",
+        f"{TESTS} -k model_s and deepstack and packed and float32",
     ),
     Fault(
         "transformers: videos stand where images do",
         f"{HERE}/_merge.py",
         "torch.empty_like(tokens).index_copy(0, place, tokens)",
         "tokens + 0 * place[:, None]",
-        f"{TESTS} -k 'model_s and deepstack and packed and float32'",
+        f"{TESTS} -k model_s and deepstack and packed and float32",
     ),
     Fault(
         "transformers: undo leaves methods behind",
@@ -81,7 +81,7 @@ FAULTS = [
         f"{HERE}/_vision.py",
         "(spec.windows[0] // spec.windows[1]) ** 2",
         "windows.max_seqlen",
-        f"{TESTS} -k 'compiled_twice and qwen2_5_vl'",
+        f"{TESTS} -k compiled_twice and qwen2_5_vl",
     ),
     Fault(
         "transformers: padding of crops is rounded as LLaVA's own code does",
