@@ -297,6 +297,7 @@ def test_a_part_of_a_model_can_be_applied_to():
         ({"ops": ["flash"]}, ValueError, "ops must be of varlen_attention, .*, got 'flash'"),
         ({"ops": "mrope"}, TypeError, "ops must be names of ops in a list, got 'mrope'"),
         ({"ops": 3}, TypeError, "ops must be names of ops in a list, got 3"),
+        ({"impl": "cuda"}, ValueError, "impl must be of .*, got 'cuda'"),
         (
             {"ops": ["mrope", "assemble"]},
             ValueError,
@@ -310,6 +311,24 @@ def test_errors_come_before_anything_is_touched(options, error, message):
     with pytest.raises(error, match=message):
         apply_to(model, **options)
     assert _state(model).keys() == before.keys()
+
+
+def test_an_error_half_way_leaves_nothing_behind(monkeypatch):
+    model = models.make("qwen2_vl", "grouped")
+    before = _state(model)
+    attention = model.model.language_model.layers[0].self_attn
+
+    def refuse(self, name, value):
+        if name == "forward":
+            raise RuntimeError("not this one")
+        torch.nn.Module.__setattr__(self, name, value)
+
+    monkeypatch.setattr(type(attention), "__setattr__", refuse)
+    with pytest.raises(RuntimeError, match="not this one"):
+        apply_to(model)
+    after = _state(model)
+    assert after.keys() == before.keys()
+    assert all(after[key] is before[key] for key in before)
 
 
 def test_what_is_no_model_is_refused():
@@ -585,6 +604,7 @@ def test_workers_collate():
         (lambda s, o: s.clear(), ValueError, r"samples must be at least one mapping.*, got \[\]"),
         (lambda s, o: s.append(3), TypeError, r"samples\[3\] must be a mapping, got int"),
         (lambda s, o: s[1].pop("input_ids"), ValueError, r"samples\[1\] must have input_ids"),
+        (lambda s, o: s[2].pop("labels"), ValueError, r"samples\[2\] must have labels as samples"),
         (
             lambda s, o: s[2].update(input_ids=torch.rand(7)),
             TypeError,

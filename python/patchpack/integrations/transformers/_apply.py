@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from patchpack.integrations.transformers import _text, _tiles, _vision
+from patchpack.integrations.transformers import _attention, _text, _tiles, _vision
 from patchpack.integrations.transformers._merge import both_kinds, features, placeholders
 from patchpack.integrations.transformers._report import Context, Edit, Left, Report, is_applied
 
@@ -89,12 +89,15 @@ def apply_to(
 
     Raises:
         TypeError: ``model`` is no module, or ``ops`` are no names.
-        ValueError: An op is unknown or fits nowhere, nothing fits, or the model is applied to.
+        ValueError: An op or ``impl`` is unknown, an op fits nowhere, nothing fits, or the model is
+            applied to.
         RuntimeError: A known model does not look as it does in any version that is known.
 
     An applied model can be trained, compiled, copied by ``copy.deepcopy`` and sharded; ``undo``
     only ever reverts the model that ``apply_to`` was given. ``collate`` prepares batches for it.
     """
+    if impl not in _attention.IMPLS:
+        raise ValueError(f"impl must be of {_attention.IMPLS}, got {impl!r}")
     context = Context(_checked(model, ops), impl)
     found: list[Edit | Left] = []
     for path, module in model.named_modules():

@@ -181,6 +181,7 @@ def name_of(impl: str | None) -> str:
     return "patchpack_flash" if impl is None else f"patchpack_flash_{impl}"
 
 
-for _impl in (None, "triton", "native", "reference"):
+IMPLS = (None, "triton", "native", "reference")
+for _impl in IMPLS:
     AttentionInterface.register(name_of(_impl), functools.partial(attention, impl=_impl))
     AttentionMaskInterface.register(name_of(_impl), padding_mask)

@@ -80,6 +80,9 @@ def collate(
     if isinstance(samples, Mapping) or not len(samples):
         raise ValueError(f"samples must be at least one mapping in a list, got {samples!r}")
     samples = [_checked(i, x, config) for i, x in enumerate(samples)]
+    for i, x in enumerate(samples):
+        if ("labels" in x) != ("labels" in samples[0]):
+            raise ValueError(f"samples[{i}] must have labels as samples[0] has, or neither")
     batch = Batch(_vision_of(samples, config))
     index = _text.index_of(AutoModel._model_mapping[type(config)], config)
     types = [x["mm_token_type_ids"] for x in samples]

@@ -98,8 +98,9 @@ class Report:
         return frozenset(edit.op for edit in self.replaced if edit.op)
 
     def undo(self) -> None:
-        """Make the model what it was. Does nothing a second time."""
-        for edit, before in zip(reversed(self.replaced), reversed(self._before), strict=False):
+        """Make the model what it was, its configuration included. Does nothing a second time."""
+        done = list(zip(self.replaced, self._before, strict=False))  # all, or those before an error
+        for edit, before in reversed(done):
             if before is _NOTHING:
                 vars(edit.owner).pop(edit.name, None)
             else:
