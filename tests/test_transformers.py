@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.9")
 
 import transformers_models as models  # noqa: E402
+from tracing import exported  # noqa: E402
 
 import patchpack  # noqa: E402
 from patchpack.integrations.transformers import (  # noqa: E402
@@ -485,35 +487,73 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+class _Encoder(torch.nn.Module):
+    """The vision encoder of a model, of tensors and grids alone, and all its tokens."""
+
+    def __init__(self, family, model):
+        super().__init__()
+        self.tower = getattr(model.model, "visual", None) or model.model.vision_tower
+        self.vision = model.config.vision_config
+        self.window_size = getattr(self.vision, "window_size", None)
+
+    def inputs(self, sizes):
+        """Pixels, and what is known of them: of tiles nothing, and their number differs."""
+        side = self.vision.image_size if hasattr(self.vision, "image_size") else None
+        if side is not None:
+            height, width = (side, side) if isinstance(side, int) else side
+            return (torch.randn(sum(math.prod(size) for size in sizes) // 8, 3, height, width),)
+        grid = patchpack.PackedGrid(sizes, self.vision.spatial_merge_size)
+        pixels = torch.randn(grid.num_tokens, 6 * self.vision.patch_size**2)
+        if self.window_size is None:
+            return pixels, grid
+        window = self.window_size, self.vision.patch_size
+        index, _ = patchpack.metadata.get_vision_window_index(grid.grid_thw, 2, *window)
+        return pixels, grid, _vision.windows_of(grid, *window), index
+
+    def forward(self, pixels, grid=None, windows=None, index=None):
+        if grid is None:
+            return [self.tower(pixels).last_hidden_state]
+        known = {"packed_grid": grid}
+        if windows is not None:
+            known |= {"packed_windows": windows, "window_index": index}
+        out = self.tower(pixels, grid.grid_thw, **known)
+        return [out.pooler_output, *getattr(out, "deepstack_features", [])]
+
+
+def _applied_encoder(family):
+    model = models.make(family, next(iter(models.CONFIGS[family])))
+    apply_to(model)
+    return _Encoder(family, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_compiled_encoder_is_compiled_twice_at_most(family):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model = models.make(family, next(iter(models.CONFIGS[family])))
-    apply_to(model)
-    encoder, vision = model.model.visual, model.config.vision_config
+    encoder = _applied_encoder(family)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(encoder, fullgraph=True, backend=counter)
     for sizes in SIZES:
-        grid = patchpack.PackedGrid(sizes, vision.spatial_merge_size)
-        known = {"packed_grid": grid}
-        if family == "qwen2_5_vl":
-            windows = _vision.windows_of(grid, vision.window_size, vision.patch_size)
-            index, _ = patchpack.metadata.get_vision_window_index(
-                grid.grid_thw, 2, vision.window_size, vision.patch_size
-            )
-            known |= {"packed_windows": windows, "window_index": index}
-        pixels = torch.randn(grid.num_tokens, 6 * vision.patch_size**2)
+        inputs = encoder.inputs(sizes)
         found = []
         for run in (encoder, compiled):
             encoder.zero_grad()
-            out = run(pixels, grid.grid_thw, **known)
-            outputs = [out.pooler_output, *getattr(out, "deepstack_features", [])]
+            outputs = run(*inputs)
             sum(x.square().sum() for x in outputs).backward()
-            found.append([*outputs, *(x.grad for x in encoder.parameters())])
+            grads = (x.grad for x in encoder.parameters() if x.grad is not None)
+            found.append([*outputs, *grads])
         assert all(map(torch.equal, *found))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_encoder_takes_other_batches(family):
+    encoder = _applied_encoder(family).eval()
+    batches = [encoder.inputs(sizes) for sizes in SIZES]
+    program = exported(encoder, batches[0], batches[5])  # longest windows differ, too
+    for inputs in batches:
+        assert all(map(torch.equal, program(*inputs), encoder(*inputs)))
 
 
 # Batches -----------------------------------------------------------------------------------------
