@@ -1,0 +1,1 @@
+"""What ``test_fuzz.py`` draws, and what it checks of that."""
