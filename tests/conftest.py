@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         params = getattr(item, "callspec", None) and item.callspec.params
-        if params and params.get("impl") == "native":
+        if item.get_closest_marker("cpp") or (params and params.get("impl") == "native"):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

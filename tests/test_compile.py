@@ -4,36 +4,22 @@ import io
 from dataclasses import fields
 
 import pytest
+import small_encoders as encoders
 import torch
-from small_encoders import (
-    BATCHES,
-    ROOM,
-    assert_equal,
-    make,
-    pixels_of,
-    results_of,
-    small,
-    tokens_of,
-)
 from torch._dynamo.testing import CompileCounterWithBackend
 from tracing import exported
 
-import patchpack
 from patchpack import PackedGrid, TokenLayout
 from patchpack.models.native_vit import CONFIGS
 from patchpack.testing import contract
 from patchpack.testing.catalogue import SPECS
 from patchpack.testing.contract import Subject, tensors
 
-needs_native = pytest.mark.skipif(
-    patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
-)
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_small_configurations_have_all_that_the_systems_have(name):
     for field in fields(CONFIGS[name]):
-        ours, theirs = getattr(small(name), field.name), getattr(CONFIGS[name], field.name)
+        ours, theirs = getattr(encoders.small(name), field.name), getattr(CONFIGS[name], field.name)
         assert bool(ours) == bool(theirs), field.name
         if isinstance(theirs, (bool, str)):
             assert ours == theirs, field.name
@@ -42,22 +28,22 @@ def test_the_small_configurations_have_all_that_the_systems_have(name):
 # torch.compile -----------------------------------------------------------------------------------
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_encoder_is_one_graph_for_all_batches(name):
     torch._dynamo.reset()
-    config = small(name)
-    model = make(config)
+    config = encoders.small(name)
+    model = encoders.make(config)
     parameters = dict(model.named_parameters())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for i, sizes in enumerate(BATCHES):
+    for i, sizes in enumerate(encoders.BATCHES):
         grid = PackedGrid(sizes, config.spatial_merge_size)
         if i == 1:
             grid.position_ids  # noqa: B018 (they are kept, which compiles nothing anew)
-        pixels = pixels_of(config, grid.num_tokens)
-        want = results_of(model, parameters, pixels, grid)
-        assert_equal(results_of(compiled, parameters, pixels, grid), want)
+        pixels = encoders.pixels_of(config, grid.num_tokens)
+        want = encoders.results_of(model, parameters, pixels, grid)
+        encoders.assert_equal(encoders.results_of(compiled, parameters, pixels, grid), want)
     assert counter.frame_count <= 2
 
 
@@ -69,44 +55,44 @@ def test_a_grid_that_comes_again_compiles_nothing():
     def function(grid):
         return grid.position_ids.sum()
 
-    grid = PackedGrid(BATCHES[0], 2)
+    grid = PackedGrid(encoders.BATCHES[0], 2)
     for _ in range(2):
         assert function(grid) == grid.position_ids.sum()
     assert counter.frame_count == 1
 
 
-@needs_native
+@pytest.mark.cpp
 def test_inductor_computes_what_eager_does():
     torch._dynamo.reset()
-    config = small("qwen2_vl")
-    model = make(config)
+    config = encoders.small("qwen2_vl")
+    model = encoders.make(config)
     parameters = dict(model.named_parameters())
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    grid = PackedGrid(BATCHES[1], config.spatial_merge_size)
-    pixels = pixels_of(config, grid.num_tokens)
-    want = results_of(model, parameters, pixels, grid)
-    for key, x in results_of(compiled, parameters, pixels, grid).items():
+    grid = PackedGrid(encoders.BATCHES[1], config.spatial_merge_size)
+    pixels = encoders.pixels_of(config, grid.num_tokens)
+    want = encoders.results_of(model, parameters, pixels, grid)
+    for key, x in encoders.results_of(compiled, parameters, pixels, grid).items():
         torch.testing.assert_close(x, want[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 # torch.export ------------------------------------------------------------------------------------
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl"])
 def test_an_exported_encoder_takes_other_images(name):
-    config = small(name)
-    model = make(config)
+    config = encoders.small(name)
+    model = encoders.make(config)
     batches = []
-    for sizes in BATCHES:
+    for sizes in encoders.BATCHES:
         grid = PackedGrid(sizes, config.spatial_merge_size)
-        batches.append((pixels_of(config, grid.num_tokens), grid))
+        batches.append((encoders.pixels_of(config, grid.num_tokens), grid))
     program = exported(model, *batches[:2])
     for batch in batches:
-        assert torch.equal(tokens_of(program(*batch)), tokens_of(model(*batch)))
+        assert torch.equal(encoders.tokens_of(program(*batch)), encoders.tokens_of(model(*batch)))
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", SPECS)
 def test_an_exported_op_takes_other_batches(op):
     spec = SPECS[op]
@@ -132,8 +118,8 @@ def test_an_exported_op_takes_other_batches(op):
 
 
 def test_a_grid_is_a_pytree():
-    plain = PackedGrid(BATCHES[2], 2)
-    for grid in (plain, plain.padded(**ROOM)):
+    plain = PackedGrid(encoders.BATCHES[2], 2)
+    for grid in (plain, plain.padded(**encoders.ROOM)):
         copied = torch.utils._pytree.tree_map(lambda x: x if x is None else x.clone(), grid)
         copied.validate()
         assert repr(copied) == repr(grid)

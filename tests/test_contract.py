@@ -21,10 +21,6 @@ from patchpack.testing.contract import (
     views,
 )
 
-needs_native = pytest.mark.skipif(
-    patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
-)
-
 
 def _subjects(impl="triton", device="cpu", checks=tuple(CHECKS)):
     params = []
@@ -60,7 +56,7 @@ def test_triton_in_the_interpreter(check, subject):
     CHECKS[check](subject)
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize(("check", "subject"), _subjects("native"))
 def test_native(check, subject):
     CHECKS[check](subject)
@@ -70,7 +66,7 @@ def test_native(check, subject):
 NUMERIC = [check for check in CHECKS if check not in TRACING]
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("cpu_capability", ["plain", "avx2", "avx512"], indirect=True)
 @pytest.mark.parametrize(("check", "op"), list(itertools.product(NUMERIC, SPECS)))
 def test_native_on_a_lesser_cpu(check, op, cpu_capability):
@@ -78,7 +74,7 @@ def test_native_on_a_lesser_cpu(check, op, cpu_capability):
         CHECKS[check](subject)
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", SPECS)
 def test_native_copies_no_view(op):
     for case in SPECS[op].cases:
@@ -91,7 +87,7 @@ def test_native_copies_no_view(op):
         assert not any(list(x.shape) in clones for x in tensors(list(inputs.values()))), case
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", SPECS)
 def test_native_has_the_same_bits_for_any_number_of_threads(op):
     before = torch.get_num_threads()

@@ -20,8 +20,6 @@ from patchpack.testing.catalogue import SPECS
 
 ROOT = Path(__file__).parents[1]
 NATIVE = patchpack.available("rope", "native") is None
-needs_native = pytest.mark.skipif(not NATIVE, reason="there is no C++ extension")
-
 SOURCE = (".cpp", ".h", ".json", ".md", ".py")
 
 SOURCES = {"patchpack.kernels": ROOT / "kernels", "patchpack": ROOT / "python/patchpack"}
@@ -206,7 +204,7 @@ WHEELS = {
 }
 every_wheel = pytest.mark.parametrize(
     "wheel",
-    [pytest.param(kind, marks=needs_native if kind == "native" else ()) for kind in WHEELS],
+    [pytest.param(kind, marks=pytest.mark.cpp if kind == "native" else ()) for kind in WHEELS],
     indirect=True,
 )
 
@@ -279,7 +277,7 @@ def test_an_op_runs_from_the_wheel(wheel, tmp_path):
     assert where.splitlines() == [kernel, "None" if native else reason]
 
 
-@needs_native
+@pytest.mark.cpp
 def test_a_cpu_capability_that_is_not_to_be_had_is_an_error():
     environment = {**os.environ, "PATCHPACK_CPU_CAPABILITY": "avx1024"}
     done = subprocess.run(
@@ -314,7 +312,7 @@ def test_an_extension_that_is_asked_for_is_built_or_an_error(unpacked, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.skipif(not shutil.which("objdump"), reason="there is no objdump")
 def test_only_the_code_of_a_level_has_its_instructions():
     extension = importlib.import_module("patchpack._C").__file__

@@ -7,17 +7,8 @@ from copy import copy
 from dataclasses import replace
 
 import pytest
+import small_encoders as encoders
 import torch
-from small_encoders import (
-    BATCHES,
-    ROOM,
-    assert_equal,
-    make,
-    pixels_of,
-    results_of,
-    small,
-    tokens_of,
-)
 from torch._dynamo.testing import CompileCounterWithBackend
 from tracing import Recorder
 
@@ -28,27 +19,22 @@ from patchpack.testing import contract
 from patchpack.testing.catalogue import SPECS
 from patchpack.testing.contract import Subject, leaves, tensors
 
-needs_native = pytest.mark.skipif(
-    patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
-)
-
-
 # padded grids ------------------------------------------------------------------------------------
 
 
 def _padded(pixels, config):
-    rows = pixels_of(config, ROOM["num_tokens"] - len(pixels), pixels.dtype)
+    rows = encoders.pixels_of(config, encoders.ROOM["num_tokens"] - len(pixels), pixels.dtype)
     return torch.cat([pixels, rows])
 
 
 def _of_the_batch(model, config, grid, dtype):
     """Tokens and gradients of a batch in a padded grid, whose padding gets and gives nothing."""
-    pixels = pixels_of(config, grid.num_tokens, dtype)
+    pixels = encoders.pixels_of(config, grid.num_tokens, dtype)
     rows = grid.num_tokens // (config.spatial_merge_size**2 if config.out_size else 1)
-    padded = grid.padded(**ROOM)
+    padded = grid.padded(**encoders.ROOM)
     padded.validate()
     parameters = dict(model.named_parameters())
-    results = results_of(model, parameters, _padded(pixels, config), padded, rows)
+    results = encoders.results_of(model, parameters, _padded(pixels, config), padded, rows)
     assert results["tokens"].isfinite().all()
     assert not results["pixels"][len(pixels) :].any()
     results["tokens"] = results["tokens"][:rows]
@@ -71,15 +57,15 @@ def _linear(x, weight, bias=None):
     return out if bias is None else out + bias
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_changes_no_bit_of_an_encoder(name, monkeypatch, one_thread):
     monkeypatch.setattr(torch.nn.functional, "linear", _linear)
-    config = small(name)
-    model = make(config)
-    grid = PackedGrid(BATCHES[2], config.spatial_merge_size)
-    pixels = pixels_of(config, grid.num_tokens)
-    want = results_of(model, dict(model.named_parameters()), pixels, grid)
+    config = encoders.small(name)
+    model = encoders.make(config)
+    grid = PackedGrid(encoders.BATCHES[2], config.spatial_merge_size)
+    pixels = encoders.pixels_of(config, grid.num_tokens)
+    want = encoders.results_of(model, dict(model.named_parameters()), pixels, grid)
     got = _of_the_batch(model, config, grid, torch.float32)
     assert torch.equal(got["tokens"], want["tokens"])
     assert torch.equal(got["pixels"], want["pixels"])
@@ -90,11 +76,11 @@ def test_padding_changes_no_bit_of_an_encoder(name, monkeypatch, one_thread):
 
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl"])
 def test_padding_changes_no_value_of_an_encoder(name):
-    config = small(name)
-    model = make(config, "reference", torch.float64)
-    grid = PackedGrid(BATCHES[3], config.spatial_merge_size)
-    pixels = pixels_of(config, grid.num_tokens, torch.float64)
-    want = results_of(model, dict(model.named_parameters()), pixels, grid)
+    config = encoders.small(name)
+    model = encoders.make(config, "reference", torch.float64)
+    grid = PackedGrid(encoders.BATCHES[3], config.spatial_merge_size)
+    pixels = encoders.pixels_of(config, grid.num_tokens, torch.float64)
+    want = encoders.results_of(model, dict(model.named_parameters()), pixels, grid)
     got = _of_the_batch(model, config, grid, torch.float64)
     for key, x in want.items():
         torch.testing.assert_close(got[key], x, rtol=1e-10, atol=1e-12, msg=key)
@@ -167,14 +153,14 @@ def test_padding_changes_no_bit_of_an_op(op, case, impl):
 
 
 def test_a_padded_grid_becomes_another_batch():
-    static = PackedGrid(BATCHES[0], 2).padded(**ROOM)
+    static = PackedGrid(encoders.BATCHES[0], 2).padded(**encoders.ROOM)
     places = [getattr(static, name).data_ptr() for name in ("geometry", "cu_seqlens")]
     places.append(static.position_ids.data_ptr())
-    for sizes in BATCHES[1:]:
+    for sizes in encoders.BATCHES[1:]:
         grid = PackedGrid(sizes, 2)
         assert static.copy_(grid) is static
         static.validate()
-        assert repr(static) == repr(grid.padded(**ROOM))
+        assert repr(static) == repr(grid.padded(**encoders.ROOM))
         assert torch.equal(static.cu_seqlens[: grid.num_segments + 1], grid.cu_seqlens)
         assert (static.cu_seqlens[grid.num_segments :] == grid.num_tokens).all()
         assert torch.equal(static.position_ids[: grid.num_tokens], grid.position_ids)
@@ -258,21 +244,21 @@ def test_what_a_padded_grid_refuses():
 
 
 def test_a_grid_is_not_changed_between_forward_and_backward():
-    static = PackedGrid(BATCHES[0], 2).padded(**ROOM)
-    x = torch.randn(ROOM["num_tokens"], 2, 8, requires_grad=True)
+    static = PackedGrid(encoders.BATCHES[0], 2).padded(**encoders.ROOM)
+    x = torch.randn(encoders.ROOM["num_tokens"], 2, 8, requires_grad=True)
     out, _ = patchpack.rope_2d(x, x, static, impl="triton")
-    static.copy_(PackedGrid(BATCHES[1], 2))
+    static.copy_(PackedGrid(encoders.BATCHES[1], 2))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
 
 def test_there_is_room_for_all_windows():
     """However thin images are: the number of windows is bounded by what a budget says."""
-    for sizes in ([(1, 2, 98)], [(1, 2, 2)] * 9, [(3, 6, 14), (1, 98, 2)], BATCHES[-1]):
+    for sizes in ([(1, 2, 98)], [(1, 2, 2)] * 9, [(3, 6, 14), (1, 98, 2)], encoders.BATCHES[-1]):
         grid = PackedGrid(sizes, 2)
         padded = grid.padded(grid.num_tokens + 40, 9, 9)
         for pixels in (8, 16, 24, 56):
-            model = NativeViT(replace(small("qwen2_5_vl"), window_size=pixels))
+            model = NativeViT(replace(encoders.small("qwen2_5_vl"), window_size=pixels))
             order, bounds = model._windows(padded, pixels)
             want = metadata.get_vision_window_index(grid.grid_thw, 2, pixels, patch_size=4)
             assert torch.equal(order[: grid.num_tokens // 4], want[0])
@@ -283,23 +269,23 @@ def test_there_is_room_for_all_windows():
 # CUDA graphs -------------------------------------------------------------------------------------
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl", "moonvit"])
 def test_what_runs_does_not_depend_on_the_batch(name):
     """What a CUDA graph records: the same operators on the same shapes, and no value is read."""
-    config = small(name)
-    model = make(config)
+    config = encoders.small(name)
+    model = encoders.make(config)
     parameters = dict(model.named_parameters())
-    static = PackedGrid(BATCHES[0], config.spatial_merge_size).padded(**ROOM)
+    static = PackedGrid(encoders.BATCHES[0], config.spatial_merge_size).padded(**encoders.ROOM)
     guarded = copy(static)
     for key in ("geometry", "cu_seqlens"):
         object.__setattr__(guarded, key, getattr(static, key).as_subclass(contract._OnDevice))
-    pixels, recorded = pixels_of(config, ROOM["num_tokens"]), []
-    for sizes in BATCHES[:4]:
+    pixels, recorded = encoders.pixels_of(config, encoders.ROOM["num_tokens"]), []
+    for sizes in encoders.BATCHES[:4]:
         static.copy_(PackedGrid(sizes, config.spatial_merge_size))
         object.__setattr__(guarded, "_position_ids", None)  # as in a graph
         with Recorder() as recorder:
-            results_of(model, parameters, pixels, guarded)
+            encoders.results_of(model, parameters, pixels, guarded)
         recorded.append(recorder.calls)
     assert any("varlen_attention_backward" in name for name, _ in recorded[0])
     reads = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
@@ -308,35 +294,35 @@ def test_what_runs_does_not_depend_on_the_batch(name):
         assert calls == recorded[0]
 
 
-@needs_native
+@pytest.mark.cpp
 def test_one_budget_is_compiled_once():
     torch._dynamo.reset()
-    config = small("qwen2_5_vl")
-    model = make(config)
+    config = encoders.small("qwen2_5_vl")
+    model = encoders.make(config)
     parameters = dict(model.named_parameters())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
-    for sizes in BATCHES[:4]:
-        grid = PackedGrid(sizes, config.spatial_merge_size).padded(**ROOM)
-        pixels = pixels_of(config, ROOM["num_tokens"])
-        want = results_of(model, parameters, pixels, grid)
-        assert_equal(results_of(compiled, parameters, pixels, grid), want)
+    for sizes in encoders.BATCHES[:4]:
+        grid = PackedGrid(sizes, config.spatial_merge_size).padded(**encoders.ROOM)
+        pixels = encoders.pixels_of(config, encoders.ROOM["num_tokens"])
+        want = encoders.results_of(model, parameters, pixels, grid)
+        encoders.assert_equal(encoders.results_of(compiled, parameters, pixels, grid), want)
     assert counter.frame_count == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_captured_graph_computes_other_batches(name):
-    config = small(name)
-    model = make(config, None).to("cuda", torch.bfloat16)
+    config = encoders.small(name)
+    model = encoders.make(config, None).to("cuda", torch.bfloat16)
     parameters = list(model.parameters())
-    grids = [PackedGrid(sizes, config.spatial_merge_size) for sizes in BATCHES[:5]]
-    static = grids[0].to("cuda").padded(**ROOM)
-    pixels = torch.zeros(ROOM["num_tokens"], config.patch_dim, device="cuda")
-    cotangent = torch.zeros_like(tokens_of(model(pixels, static)))
+    grids = [PackedGrid(sizes, config.spatial_merge_size) for sizes in encoders.BATCHES[:5]]
+    static = grids[0].to("cuda").padded(**encoders.ROOM)
+    pixels = torch.zeros(encoders.ROOM["num_tokens"], config.patch_dim, device="cuda")
+    cotangent = torch.zeros_like(encoders.tokens_of(model(pixels, static)))
 
     def step():
-        tokens = tokens_of(model(pixels, static))
+        tokens = encoders.tokens_of(model(pixels, static))
         return tokens, torch.autograd.grad(tokens, parameters, cotangent)
 
     stream = torch.cuda.Stream()  # warm up, as torch asks for
@@ -350,7 +336,7 @@ def test_a_captured_graph_computes_other_batches(name):
         tokens, grads = step()
     for grid in grids[1:]:
         static.copy_(grid)
-        pixels[: grid.num_tokens].copy_(pixels_of(config, grid.num_tokens))
+        pixels[: grid.num_tokens].copy_(encoders.pixels_of(config, grid.num_tokens))
         merged = config.spatial_merge_size**2 if config.out_size else 1
         rows = grid.num_tokens // merged
         cotangent.zero_()[:rows].copy_(torch.randn(rows, cotangent.shape[1]))
@@ -358,5 +344,5 @@ def test_a_captured_graph_computes_other_batches(name):
         want, want_grads = step()
         assert torch.equal(tokens, want)
         assert all(map(torch.equal, grads, want_grads))
-        alone = tokens_of(model(pixels[: grid.num_tokens], grid.to("cuda")))
+        alone = encoders.tokens_of(model(pixels[: grid.num_tokens], grid.to("cuda")))
         torch.testing.assert_close(tokens[:rows], alone, rtol=2e-2, atol=2e-2)

@@ -17,7 +17,6 @@ from patchpack import PackedGrid, available, patchify, resize_images
 
 IMPLS = ("reference", "triton", "native")
 RUN = [impl for impl in IMPLS if available("patchify", impl) is None]
-needs_native = pytest.mark.skipif("native" not in RUN, reason="there is no C++ extension")
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 
 
@@ -189,7 +188,7 @@ def test_native_rounds_to_bfloat16_as_torch_does(size, cpu_capability):
     assert torch.equal(*(x.masked_fill(got.isnan(), 0) for x in bits))
 
 
-@needs_native
+@pytest.mark.cpp
 def test_native_patches_past_the_caches_are_the_same():
     image = torch.randint(256, (700, 1400, 3), dtype=torch.uint8).movedim(-1, 0)
     options = {"patch_size": 14, **MOMENTS}
@@ -248,7 +247,7 @@ def test_native_resampling_at_any_capability(layout, cpu_capability):
             torch.set_num_threads(before)
 
 
-@needs_native
+@pytest.mark.cpp
 def test_the_fused_operator_is_well_formed():
     images, grid = ragged(2)
     args = (grid.geometry, images, grid.num_tokens, 2, 4, [0.5] * 3, [0.5] * 3, 2, "ctpp")
@@ -260,7 +259,7 @@ def test_the_fused_operator_is_well_formed():
         available("resize_patchify", "native")  # no op by itself
 
 
-@needs_native
+@pytest.mark.cpp
 def test_native_patchify_lets_other_threads_run():
     image = torch.randint(256, (3000, 4000, 3), dtype=torch.uint8).movedim(-1, 0)
     grid = PackedGrid([(200, 280)])
@@ -296,7 +295,7 @@ def test_native_patchify_lets_other_threads_run():
     assert max(ticks) > 20_000
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_and_threads_cut_the_same_patches(context):
     sizes = [(200, 300), (97, 180), (40, 700), (300, 20)]

@@ -28,9 +28,6 @@ from patchpack.testing.contract import Subject, differentiate, tensors
 from patchpack.video import VideoInfo
 
 TESTS = Path(__file__).parent
-needs_native = pytest.mark.skipif(
-    patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
-)
 
 
 @pytest.fixture
@@ -88,7 +85,7 @@ def in_threads(call, count=8, times=3):
         return [result for results in pool.map(work, range(count)) for result in results]
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", SPECS)
 def test_eight_threads_have_the_bits_of_one(op):
     subject = smallest(op, "native")
@@ -99,7 +96,7 @@ def test_eight_threads_have_the_bits_of_one(op):
     assert all(same(result, want) for result in results)
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", ["rope_2d_", "mrope_"])
 def test_threads_write_their_own_buffers(op):
     subject = smallest(op.removesuffix("_"), "native")
@@ -275,7 +272,7 @@ def test_copies_cross_to_another_process_and_back(workers):
 # Memory ------------------------------------------------------------------------------------------
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits addresses")
 def test_native_ops_live_on_when_memory_is_short():
     ops = [*SPECS, "rope_2d_", "mrope_"]

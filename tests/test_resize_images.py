@@ -16,9 +16,6 @@ FILTERS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
     "bilinear": PIL.Image.Resampling.BILINEAR,
 }
-needs_native = pytest.mark.skipif(
-    available("resize_images", "native") is not None, reason="there is no C++ extension"
-)
 PILLOW = int(PIL.__version__.partition(".")[0])
 
 
@@ -132,7 +129,7 @@ def test_native_gives_the_bytes_of_pillow(mode, cpu_capability):
             assert torch.equal(got, want), (before, after)
 
 
-@needs_native
+@pytest.mark.cpp
 @settings(max_examples=200)
 @given(st.tuples(sides, sides), st.tuples(sides, sides), st.sampled_from(list(FILTERS)))
 def test_native_is_the_reference_at_any_size(before, after, mode):
@@ -142,7 +139,7 @@ def test_native_is_the_reference_at_any_size(before, after, mode):
     assert torch.equal(got, want)
 
 
-@needs_native
+@pytest.mark.cpp
 def test_strips_of_any_number_of_threads_meet():
     images = [noise(300, 40, 3).permute(2, 0, 1), noise(2, 3, 170, 33), noise(1, 900, 20)]
     sizes = [(290, 61), (333, 30), (200, 19)]

@@ -3,16 +3,8 @@
 import functools
 
 import pytest
+import small_encoders as encoders
 import torch
-from small_encoders import (
-    BATCHES,
-    assert_equal,
-    make,
-    pixels_of,
-    results_of,
-    small,
-    tokens_of,
-)
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -20,17 +12,11 @@ from torch.utils.checkpoint import (
 )
 from tracing import Recorder
 
-import patchpack
 from patchpack import PackedGrid
 from patchpack.models.native_vit import CONFIGS
 from patchpack.testing import contract
 from patchpack.testing.catalogue import SPECS
 from patchpack.testing.contract import Subject, leaves, tensors
-
-needs_native = pytest.mark.skipif(
-    patchpack.available("rope", "native") is not None, reason="there is no C++ extension"
-)
-
 
 # activation checkpoints, autocast, accumulation --------------------------------------------------
 
@@ -54,31 +40,35 @@ def _checkpointed(model, options):
     return model
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_checkpoints_change_no_bit(kind, name):
-    config = small(name)
-    plain, model = make(config), _checkpointed(make(config), CHECKPOINTS[kind])
-    grid = PackedGrid(BATCHES[2], config.spatial_merge_size)
-    pixels = pixels_of(config, grid.num_tokens)
-    want = results_of(plain, dict(plain.named_parameters()), pixels, grid)
+    config = encoders.small(name)
+    plain, model = encoders.make(config), _checkpointed(encoders.make(config), CHECKPOINTS[kind])
+    grid = PackedGrid(encoders.BATCHES[2], config.spatial_merge_size)
+    pixels = encoders.pixels_of(config, grid.num_tokens)
+    want = encoders.results_of(plain, dict(plain.named_parameters()), pixels, grid)
     with Recorder() as recorder:
-        assert_equal(results_of(model, dict(model.named_parameters()), pixels, grid), want)
+        encoders.assert_equal(
+            encoders.results_of(model, dict(model.named_parameters()), pixels, grid), want
+        )
     attended = sum("patchpack.varlen_attention.native" in call for call, _ in recorder.calls)
     assert attended == config.depth * (1 if kind == "selective" else 2)
 
 
-@needs_native
+@pytest.mark.cpp
 def test_checkpoints_are_compiled_too():
     torch._dynamo.reset()
-    config = small("qwen2_vl")
-    plain, model = make(config), _checkpointed(make(config), {})
+    config = encoders.small("qwen2_vl")
+    plain, model = encoders.make(config), _checkpointed(encoders.make(config), {})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    grid = PackedGrid(BATCHES[2], 2)
-    pixels = pixels_of(config, grid.num_tokens)
-    want = results_of(plain, dict(plain.named_parameters()), pixels, grid)
-    assert_equal(results_of(compiled, dict(model.named_parameters()), pixels, grid), want)
+    grid = PackedGrid(encoders.BATCHES[2], 2)
+    pixels = encoders.pixels_of(config, grid.num_tokens)
+    want = encoders.results_of(plain, dict(plain.named_parameters()), pixels, grid)
+    encoders.assert_equal(
+        encoders.results_of(compiled, dict(model.named_parameters()), pixels, grid), want
+    )
 
 
 # torch says that it has no fused norm for two dtypes, which is what autocast gives it
@@ -86,20 +76,20 @@ def test_checkpoints_are_compiled_too():
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_encoder_runs_under_autocast(name, impl):
-    config = small(name)
-    model = make(config, impl)
-    grid = PackedGrid(BATCHES[2], config.spatial_merge_size)
-    pixels = pixels_of(config, grid.num_tokens)
-    want = tokens_of(model(pixels, grid)).detach()
+    config = encoders.small(name)
+    model = encoders.make(config, impl)
+    grid = PackedGrid(encoders.BATCHES[2], config.spatial_merge_size)
+    pixels = encoders.pixels_of(config, grid.num_tokens)
+    want = encoders.tokens_of(model(pixels, grid)).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        got = tokens_of(model(pixels, grid))
+        got = encoders.tokens_of(model(pixels, grid))
     error = (got.float() - want).square().mean() / want.square().mean()
     assert 1e-8 < error < 1e-3  # of bfloat16, not of float32
     got.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in model.parameters())
 
 
-@needs_native
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", SPECS)
 def test_ops_run_in_the_dtype_of_their_inputs_under_autocast(op):
     subject = Subject(op, next(iter(SPECS[op].cases)), impl="native")
@@ -108,7 +98,7 @@ def test_ops_run_in_the_dtype_of_their_inputs_under_autocast(op):
     with torch.autocast("cpu", torch.bfloat16):
         got = contract.differentiate(subject, inputs, subject.spec.grads)
     assert [x.dtype for x in got.values()] == [x.dtype for x in want.values()]
-    assert_equal(got, want)
+    encoders.assert_equal(got, want)
 
 
 @pytest.mark.parametrize(
@@ -118,19 +108,19 @@ def test_ops_run_in_the_dtype_of_their_inputs_under_autocast(op):
 )
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl"])
 def test_gradients_of_micro_batches_add_up(name, impl, dtype, tolerance):
-    config = small(name)
-    model = make(config, impl, dtype)
+    config = encoders.small(name)
+    model = encoders.make(config, impl, dtype)
 
     def accumulate(batches):
         for sizes in batches:
             grid = PackedGrid(sizes, config.spatial_merge_size)
-            pixels = torch.cat([pixels_of(config, t * h * w, dtype) for t, h, w in sizes])
-            tokens_of(model(pixels, grid)).square().sum().backward()
+            pixels = torch.cat([encoders.pixels_of(config, t * h * w, dtype) for t, h, w in sizes])
+            encoders.tokens_of(model(pixels, grid)).square().sum().backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}
         model.zero_grad()
         return grads
 
-    sizes = BATCHES[1]
+    sizes = encoders.BATCHES[1]
     want, got = accumulate([sizes]), accumulate([sizes[:1], sizes[1:]])
     scale = max(x.abs().max() for x in want.values())
     for key, x in want.items():
@@ -223,7 +213,7 @@ def test_a_transform_is_right_or_refused(op, impl, transform):
         torch.testing.assert_close(x, y, equal_nan=True)
 
 
-@needs_native
+@pytest.mark.cpp
 def test_gradients_of_many_cotangents_are_those_of_each():
     subject = Subject("merge_tokens", next(iter(SPECS["merge_tokens"].cases)), impl="native")
     inputs = subject.inputs()
@@ -238,12 +228,12 @@ def test_gradients_of_many_cotangents_are_those_of_each():
             assert torch.equal(x[i], y)
 
 
-@needs_native
+@pytest.mark.cpp
 def test_an_encoder_takes_its_parameters_as_an_argument():
-    config = small("qwen2_5_vl")
-    model = make(config)
-    grid = PackedGrid(BATCHES[0], 2)
-    pixels = pixels_of(config, grid.num_tokens)
+    config = encoders.small("qwen2_5_vl")
+    model = encoders.make(config)
+    grid = PackedGrid(encoders.BATCHES[0], 2)
+    pixels = encoders.pixels_of(config, grid.num_tokens)
     doubled = {name: 2 * x for name, x in model.named_parameters()}
     got = torch.func.functional_call(model, doubled, (pixels, grid))
     with torch.no_grad():

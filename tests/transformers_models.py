@@ -37,6 +37,21 @@ def _rope(section, **changes):
     return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section, **changes}
 
 
+_ENCODER = {
+    "hidden_size": 64,
+    "out_hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "patch_size": 4,
+}
+_TILES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+
+
 def _qwen2_vl(vision=None, text=None, rope=None):
     return {
         "vision_config": {
@@ -57,11 +72,7 @@ def _qwen2_5_vl(vision=None, text=None):
     return {
         "vision_config": {
             "depth": 3,
-            "hidden_size": 64,
-            "out_hidden_size": 64,
-            "intermediate_size": 96,
-            "num_heads": 4,
-            "patch_size": 4,
+            **_ENCODER,
             "window_size": 32,
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
@@ -76,11 +87,7 @@ def _qwen3_vl(vision=None, text=None):
     return {
         "vision_config": {
             "depth": 3,
-            "hidden_size": 64,
-            "out_hidden_size": 64,
-            "intermediate_size": 96,
-            "num_heads": 4,
-            "patch_size": 4,
+            **_ENCODER,
             "num_position_embeddings": 36,
             "deepstack_visual_indexes": [0, 1],
             **(vision or {}),
@@ -97,10 +104,7 @@ def _qwen3_vl(vision=None, text=None):
 def _internvl(vision=None, text=None):
     return {
         "vision_config": {
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 96,
+            **_TILES,
             "image_size": [24, 24],
             "patch_size": [4, 4],
             **(vision or {}),
@@ -115,10 +119,7 @@ def _llava_onevision(vision=None, text=None, **changes):
     return {
         "vision_config": {
             "model_type": "siglip_vision_model",
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 96,
+            **_TILES,
             "image_size": 20,
             "patch_size": 4,
             "vision_use_head": False,

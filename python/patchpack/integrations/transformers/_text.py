@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchpack import metadata, mrope, rope
 from patchpack.integrations.transformers import _attention
@@ -30,16 +30,21 @@ def language_model(path: str, model: Any, context: Context) -> Iterator[Edit | L
     rotary = getattr(model, "rotary_emb", None)
     if rotary is None or not hasattr(model, "layers"):
         return
-    layers = [
-        (f"{path}.{name}".removeprefix("."), layer)
-        for name, layer in model.named_modules()
-        if "ALL_ATTENTION_FUNCTIONS" in names_of(type(layer).forward)
-    ]
+    layers = attending(path, model)
     if not layers:
         yield Left("varlen_attention", path, "its layers take no attention implementation", True)
         return
     yield from attention_of(path, model, layers, context)
     yield from _rotary_of(path, rotary, layers, context)
+
+
+def attending(path: str, model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules in ``model`` that take an attention implementation."""
+    return [
+        (f"{path}.{name}".removeprefix("."), module)
+        for name, module in model.named_modules()
+        if "ALL_ATTENTION_FUNCTIONS" in names_of(type(module).forward)
+    ]
 
 
 def attention_of(

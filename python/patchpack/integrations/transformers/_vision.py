@@ -40,11 +40,7 @@ def packed_encoder(path: str, tower: Any, context: Context) -> Iterator[Edit | L
     names = names_of(type(tower).forward)
     if "get_vision_position_ids" not in names and "get_vision_cu_seqlens" not in names:
         return
-    blocks = [
-        (f"{path}.{name}".removeprefix("."), block)
-        for name, block in tower.named_modules()
-        if "ALL_ATTENTION_FUNCTIONS" in names_of(type(block).forward)
-    ]
+    blocks = _text.attending(path, tower)
     if not blocks:
         yield Left("varlen_attention", path, "its blocks take no attention implementation", True)
         return
