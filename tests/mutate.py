@@ -62,7 +62,7 @@ def run(folder: Path, tests: str) -> tuple[bool, str]:
     env = {**os.environ, "PYTHONPATH": str(folder / "python"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [Path(sys.executable).parent / "pytest", "-x", "-q", "--no-header", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", *words(tests)],
+        [*command, "-p", "no:cacheprovider", "-m", "", *words(tests)],
         cwd=folder,
         env=env,
         capture_output=True,
