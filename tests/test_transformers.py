@@ -17,7 +17,9 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.9")
 
 import transformers_models as models  # noqa: E402
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from tracing import exported  # noqa: E402
+from transformers import vision_utils  # noqa: E402
 
 import patchpack  # noqa: E402
 from patchpack.integrations.transformers import (  # noqa: E402
@@ -33,6 +35,7 @@ from patchpack.testing import compare  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
 
 FAMILIES = list(models.CONFIGS)
+QWEN = [family for family in FAMILIES if family.startswith("qwen")]
 CASES = [(family, config) for family in FAMILIES for config in models.CONFIGS[family]]
 # text, several images and a video; images and text; text alone
 _QWEN = [
@@ -488,54 +491,63 @@ SIZES = [
 
 
 class _Encoder(torch.nn.Module):
-    """The vision encoder of a model, of tensors and grids alone, and all its tokens."""
+    """The vision encoder of a model: of pixels, and what is known of them, all its tokens."""
 
-    def __init__(self, family, model):
+    def __init__(self, family):
         super().__init__()
+        config = copy.deepcopy(next(iter(models.CONFIGS[family].values())))
+        if "depth" in config["vision_config"]:
+            config["vision_config"]["depth"] = 2  # of all kinds of blocks one: compiling is slow
+        model = models.make(family, config)
+        apply_to(model)
         self.tower = getattr(model.model, "visual", None) or model.model.vision_tower
         self.vision = model.config.vision_config
-        self.window_size = getattr(self.vision, "window_size", None)
 
-    def inputs(self, sizes):
-        """Pixels, and what is known of them: of tiles nothing, and their number differs."""
-        side = self.vision.image_size if hasattr(self.vision, "image_size") else None
-        if side is not None:
+    def inputs(self, sizes, known="sizes"):
+        """Pixels; of images of any size also these, a grid, or what transformers precomputes."""
+        if hasattr(self.vision, "image_size"):  # as many tiles
+            side = self.vision.image_size
             height, width = (side, side) if isinstance(side, int) else side
-            return (torch.randn(sum(math.prod(size) for size in sizes) // 8, 3, height, width),)
+            return (torch.randn(sum(map(math.prod, sizes)) // 8, 3, height, width),)
         grid = patchpack.PackedGrid(sizes, self.vision.spatial_merge_size)
         pixels = torch.randn(grid.num_tokens, 6 * self.vision.patch_size**2)
-        if self.window_size is None:
-            return pixels, grid
-        window = self.window_size, self.vision.patch_size
-        index, _ = patchpack.metadata.get_vision_window_index(grid.grid_thw, 2, *window)
-        return pixels, grid, _vision.windows_of(grid, *window), index
+        return pixels, grid.grid_thw, *self._known(known, grid)
 
-    def forward(self, pixels, grid=None, windows=None, index=None):
-        if grid is None:
+    def _known(self, known, grid):
+        vision, side = self.vision, getattr(self.vision, "window_size", None)
+        if known == "sizes":
+            return ()
+        if known == "grid":
+            more = {"packed_grid": grid}
+        else:
+            cu_seqlens = vision_utils.get_vision_cu_seqlens(grid.grid_thw)
+            position_ids = vision_utils.get_vision_position_ids(grid.grid_thw, 2)
+            more = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+            more["max_seqlen"] = int(cu_seqlens.diff().max())
+        if side is not None:
+            index, bounds = vision_utils.get_vision_window_index(
+                grid.grid_thw, 2, side, vision.patch_size
+            )
+            more["window_index"] = index
+            if known == "grid":
+                more["packed_windows"] = _vision.windows_of(grid, side, vision.patch_size)
+            else:
+                more["cu_window_seqlens"] = bounds
+        return (more,)
+
+    def forward(self, pixels, grid_thw=None, known=None):
+        if grid_thw is None:
             return [self.tower(pixels).last_hidden_state]
-        known = {"packed_grid": grid}
-        if windows is not None:
-            known |= {"packed_windows": windows, "window_index": index}
-        out = self.tower(pixels, grid.grid_thw, **known)
+        out = self.tower(pixels, grid_thw, **(known or {}))
         return [out.pooler_output, *getattr(out, "deepstack_features", [])]
 
 
-def _applied_encoder(family):
-    model = models.make(family, next(iter(models.CONFIGS[family])))
-    apply_to(model)
-    return _Encoder(family, model)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_compiled_encoder_is_compiled_twice_at_most(family):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    encoder = _applied_encoder(family)
+def _compiled(encoder, batches, **options):
+    """How often the encoder is compiled; outputs and gradients have the bits of eager."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(encoder, fullgraph=True, backend=counter)
-    for sizes in SIZES:
-        inputs = encoder.inputs(sizes)
+    compiled = torch.compile(encoder, fullgraph=True, backend=counter, **options)
+    for inputs in batches:
         found = []
         for run in (encoder, compiled):
             encoder.zero_grad()
@@ -544,24 +556,66 @@ def test_a_compiled_encoder_is_compiled_twice_at_most(family):
             grads = (x.grad for x in encoder.parameters() if x.grad is not None)
             found.append([*outputs, *grads])
         assert all(map(torch.equal, *found))
-    assert counter.frame_count <= 2
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_is_compiled_twice_at_most(family):
+    encoder = _Encoder(family)
+    assert _compiled(encoder, map(encoder.inputs, SIZES)) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", ["grid", "precomputed"])
+@pytest.mark.parametrize("family", QWEN)
+def test_so_it_is_where_the_loader_has_prepared_more(family, known):
+    encoder = _Encoder(family)
+    assert _compiled(encoder, (encoder.inputs(sizes, known) for sizes in SIZES)) <= 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_encoder_takes_other_batches(family):
-    encoder = _applied_encoder(family).eval()
+    encoder = _Encoder(family).eval()
     batches = [encoder.inputs(sizes) for sizes in SIZES]
-    program = exported(encoder, batches[0], batches[5])  # longest windows differ, too
+    program = exported(encoder, *batches[:2])
     for inputs in batches:
         assert all(map(torch.equal, program(*inputs), encoder(*inputs)))
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_padding_changes_no_value_of_an_encoder(family):
+    encoder = _Encoder(family)
+    static = patchpack.PackedGrid(SIZES[0], 2).padded(1600, 8)
+    for sizes in SIZES[:5]:
+        pixels, grid_thw = encoder.inputs(sizes)
+        padded = torch.cat([pixels, torch.randn(1600 - len(pixels), pixels.shape[1])])
+        static.copy_(patchpack.PackedGrid(sizes, 2))
+        got = encoder(padded, static.grid_thw, {"packed_grid": static})
+        for x, y in zip(got, encoder(pixels, grid_thw), strict=True):
+            torch.testing.assert_close(x[: len(y)], y)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])  # of windows the number differs
+def test_a_budget_is_compiled_once(family):
+    encoder, batches = _Encoder(family), []
+    for sizes in SIZES[:4]:
+        static = patchpack.PackedGrid(sizes, 2).padded(1600, 8)
+        pixels = torch.randn(1600, 6 * encoder.vision.patch_size**2)
+        batches.append((pixels, static.grid_thw, {"packed_grid": static}))
+    assert _compiled(encoder, batches, dynamic=False) == 1
+
+
+def test_sizes_of_other_patches_are_refused():
+    encoder = _Encoder("qwen2_vl")
+    pixels, grid_thw = encoder.inputs(SIZES[0])
+    with pytest.raises(ValueError, match="hidden_states must have the 128 patches of grid_thw"):
+        encoder(pixels[:-4], grid_thw)
 
 
 # Batches -----------------------------------------------------------------------------------------
 
 
 def test_collate_gives_what_the_model_would_compute():
-    from transformers import vision_utils
-
     model = models.make("qwen2_5_vl", "windows")
     batch = collate(_samples("qwen2_5_vl", model), config=model.config)
     vision = model.config.vision_config

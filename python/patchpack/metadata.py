@@ -202,8 +202,8 @@ def _check_grids(grid_thw: Tensor) -> None:
 
 
 def _given(name: str, length: int | None) -> int | None:
-    """``length`` as a Python integer, if it is given."""
-    if length is None or isinstance(length, torch.SymInt):
+    """``length`` as a Python integer, if it is given and not traced."""
+    if length is None or isinstance(length, torch.SymInt) or torch.compiler.is_compiling():
         return length
     return _check.whole(0, **{name: length})[0]
 

@@ -148,6 +148,13 @@ def _forward(spec: _Tower, self, hidden_states: Tensor, grid_thw: Tensor, **kwar
     grid = kwargs.pop("packed_grid", None)
     if grid is None:
         grid = PackedGrid(grid_thw, self.spatial_merge_size)
+    if torch.compiler.is_compiling():
+        torch._check(grid.num_tokens == hidden_states.shape[0])
+    elif grid.num_tokens != hidden_states.shape[0]:
+        raise ValueError(
+            f"hidden_states must have the {grid.num_tokens} patches of grid_thw,"
+            f" got {hidden_states.shape[0]}"
+        )
     grid = grid.to(device)
     given = {
         "cu_seqlens": grid.cu_seqlens,
@@ -192,7 +199,13 @@ def windows_of(grid: PackedGrid, window_size: int, patch_size: int) -> PackedGri
     """
     m = grid.spatial_merge_size
     side = window_size // m // patch_size * m  # in patches
-    frames, rows, cols = grid.grid_thw.unbind(1)
+    return PackedGrid(_window_sizes(grid.grid_thw, side), m)
+
+
+@torch.library.custom_op("patchpack::window_sizes", mutates_args=(), device_types="cpu")
+def _window_sizes(grid_thw: Tensor, side: int) -> Tensor:
+    """Rows and columns of all windows of ``side`` patches, int64 ``[windows, 2]``."""
+    frames, rows, cols = grid_thw.unbind(1)
     down, across = -(-rows // side), -(-cols // side)
     count = frames * down * across
     image = torch.repeat_interleave(torch.arange(len(count)), count)
@@ -200,7 +213,12 @@ def windows_of(grid: PackedGrid, window_size: int, patch_size: int) -> PackedGri
     band, place = window // across[image] % down[image], window % across[image]
     height = (rows[image] - side * band).clamp(max=side)
     width = (cols[image] - side * place).clamp(max=side)
-    return PackedGrid(torch.stack([height, width], dim=1), m)
+    return torch.stack([height, width], dim=1)
+
+
+@_window_sizes.register_fake
+def _(grid_thw: Tensor, side: int) -> Tensor:
+    return grid_thw.new_empty(torch.library.get_ctx().new_dynamic_size(), 2)
 
 
 def _resized_table(
