@@ -30,7 +30,7 @@ from patchpack.testing.catalogue import SPECS
 from patchpack.testing.machine import has_unused_gpu, no_gpu
 
 HERE = Path(__file__).parent
-OPS = sorted([*SPECS, "image_processor", "metadata", "preprocess"])
+OPS = sorted([*SPECS, "image_processor", "metadata", "preprocess", "transformers"])
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130
 

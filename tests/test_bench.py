@@ -13,7 +13,7 @@ from patchpack.testing.catalogue import SPECS
 
 BENCH = Path(__file__).parents[1] / "bench"
 FORWARD_ONLY = ("patchify", "resize_images")  # of bytes
-BENCHES = (*SPECS, "image_processor", "metadata", "preprocess")
+BENCHES = (*SPECS, "image_processor", "metadata", "preprocess", "transformers")
 LIMITS = dict.fromkeys(BENCHES, "copy") | {"varlen_attention": "matmul"}
 
 
@@ -100,6 +100,7 @@ def test_peers_that_are_installed_are_timed(run):
         "metadata": {"transformers", "patchpack"},
         "preprocess": {"transformers, PIL", "F.interpolate, torch"},
         "image_processor": {"transformers, PIL", "transformers, torchvision"},
+        "transformers": {"transformers, eager", "transformers, sdpa"},
     }
     assert peers.keys() == set(BENCHES)
     for op, names in peers.items():
@@ -135,6 +136,15 @@ WORK = {
     "metadata": (2 * 3 * 4 + 3 * 4 + 7 * 8 + 2 * 28 * 2 * 8 + (3 * 111 + 1) * 8, 0),
     "preprocess": (3 * 60 * 80 + 24 * 1176 * 4, 8 * 3 * (60 * 84 + 84 * 60)),
     "image_processor": (3 * 60 * 80 + 24 * 1176 * 4, 8 * 3 * (60 * 84 + 84 * 60)),
+    # patches, two blocks with their norms, weights and biases, and the merger; of 16 and 12 tokens
+    "transformers": (
+        (28 * 1176 + 1176 * 320) * 4
+        + 2 * (4 * 320 + 321 * 960 + 321 * 320 + 321 * 1280 + 1281 * 320) * 4
+        + (2 * 320 + 1281 * 1280 + 1281 * 512 + 7 * 512) * 4,
+        2 * 28 * 1176 * 320
+        + 2 * (2 * 28 * 320 * (960 + 320 + 2 * 1280) + 4 * 320 * (16**2 + 12**2))
+        + 2 * 7 * 1280 * (1280 + 512),
+    ),
 }
 
 
