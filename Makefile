@@ -10,13 +10,17 @@ env = .venv/torch-$(TORCH)-triton-$(TRITON)
 native = python/patchpack/_C.abi3.so
 bin = .venv/bin
 
-.PHONY: demo test check transformers bench compiled mutate fuzz sanitize abi dev
+.PHONY: demo test slow check transformers bench compiled mutate fuzz sanitize abi dev
 
 demo: $(native)
 	$(bin)/python -m patchpack demo
 
 test: $(native)
 	$(bin)/pytest -n auto --maxprocesses 8
+
+# the rest: what is tested anyway, of more cases
+slow: $(native)
+	$(bin)/pytest -n auto --maxprocesses 8 -m slow
 
 check: $(native) python/patchpack/kernels
 	$(bin)/ruff check .
@@ -64,7 +68,7 @@ sanitize: $(env)
 	$(bin)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized/lib \
-	$(bin)/pytest -n auto --maxprocesses 8 --dist worksteal \
+	$(bin)/pytest -n auto --maxprocesses 8 --dist worksteal -m "" \
 	-k "native and not (native_vit or opcheck or compiled or meta_and_fake or lesser and int64)"
 
 # one wheel on several versions of torch: gigabytes, and minutes for each. What an earlier build left

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,4 +100,8 @@ def main(ops: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    # the stack of the first thread grows, and kills the process where it may not
+    threading.stack_size(2**26)
+    thread = threading.Thread(target=main, args=(sys.argv[1:],))
+    thread.start()
+    thread.join()

@@ -50,6 +50,7 @@ def test_a_provider_can_be_left_out(tmp_path):
     assert reasons["native"] == reasons["transformers"] == "it was left out with --without"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", SPECS)
 def test_every_provider_is_timed_or_says_why_not(run, op):
     results, printed = run
@@ -73,6 +74,7 @@ def test_every_provider_is_timed_or_says_why_not(run, op):
         assert timed[LIMITS[op]]["extra_info"]["of_limit"] == 1
 
 
+@pytest.mark.slow
 def test_all_ops_of_a_run_are_of_the_commit_it_began_at(tmp_path, monkeypatch):
     monkeypatch.setenv("PATCHPACK_COMMIT", "said where there is no git")
     options = ("--quick", "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
@@ -83,6 +85,7 @@ def test_all_ops_of_a_run_are_of_the_commit_it_began_at(tmp_path, monkeypatch):
     assert {row["extra_info"]["commit"] for row in rows} == {"said where there is no git"}
 
 
+@pytest.mark.slow
 def test_peers_that_are_installed_are_timed(run):
     peers = {
         "rope": {"transformers"},
@@ -109,6 +112,7 @@ def test_peers_that_are_installed_are_timed(run):
         assert names <= timed | missing, op
 
 
+@pytest.mark.slow
 def test_a_data_loader_has_one_thread(run):
     for op in ("image_processor", "metadata", "preprocess"):
         timed = _of(run[0]["benchmarks"], op, "forward")
@@ -148,6 +152,7 @@ WORK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", BENCHES)
 def test_the_work_is_what_a_hand_counts(run, op):
     (forward,) = {
@@ -193,6 +198,7 @@ run.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chosen", "met"), [("03", [True, None]), ("012", [True, False, False])])
 def test_a_missed_floor_fails(tmp_path, chosen, met):
     options = ("--quick", "--check", "--device", "cpu", "--dtype", "float32", "--out", tmp_path)
@@ -261,6 +267,7 @@ assert {row["name"]: row["stats"]["rounds"] for row in rows}["copy"] == 3 * shar
     )
 
 
+@pytest.mark.slow
 def test_cost_is_measured_along_tokens_and_images(tmp_path):
     options = ("--quick", "--impl", "reference", "--out", tmp_path)
     printed = _python("scaling.py", "rope_2d", "scatter_tokens", *options)
@@ -279,6 +286,7 @@ def test_cost_is_measured_along_tokens_and_images(tmp_path):
         assert all(s > 0 for seconds in row["seconds"].values() for s in seconds)
 
 
+@pytest.mark.slow
 def test_scaling_covers_every_op_and_fits_exponents():
     _python(
         "-c",
@@ -294,6 +302,7 @@ assert all(t == 2**14 for count, side in scaling.points(False)["images"] for t i
     )
 
 
+@pytest.mark.slow
 def test_results_are_read_by_pytest_benchmark(run, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(run[0]))
@@ -335,6 +344,7 @@ for backward in (False, True):
     )
 
 
+@pytest.mark.slow
 def test_packing_is_compared_with_the_usual_ways_and_the_bounds(tmp_path):
     printed = _python("bench_packing.py", "--quick", "--out", tmp_path)
     results = json.loads((tmp_path / "packing.json").read_text())
@@ -350,6 +360,7 @@ def test_packing_is_compared_with_the_usual_ways_and_the_bounds(tmp_path):
         assert row["batches"] == results["images"] // row["images"]
 
 
+@pytest.mark.slow
 def test_what_ranks_send_each_other_is_counted(tmp_path):
     printed = _python("bench_packing.py", "distributed", "--quick", "--out", tmp_path)
     assert (tmp_path / "distributed.png").stat().st_size > 0
@@ -390,6 +401,7 @@ assert step["encode_images, most"] == 2 * (48 * 1176 + 12 * 3584 + 2 * 3584)
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_the_place_of_the_first(run, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(run[0]))
@@ -410,6 +422,7 @@ assert all(s["op"] != "rope" for s in after["skipped"])
     )
 
 
+@pytest.mark.slow
 def test_a_part_of_the_compiled_rows_is_made_anew(tmp_path):
     _python(
         "-c",
@@ -464,6 +477,7 @@ class LigerRopeFunction(torch.autograd.Function):
 """
 
 
+@pytest.mark.slow
 def test_peers_are_found_and_compiled_and_missing_ones_reported(tmp_path):
     file = tmp_path / "Liger-Kernel/src/liger_kernel/ops/rope.py"
     file.parent.mkdir(parents=True)
@@ -517,6 +531,7 @@ assert len(forward) == len(backward) == 1
     )
 
 
+@pytest.mark.slow
 def test_inductor_writes_code_for_a_gpu_that_is_not_there():
     _python(
         "-c",
@@ -558,6 +573,7 @@ else:
     )
 
 
+@pytest.mark.slow
 def test_flex_attention_as_compiled_has_the_gradients_of_a_gpu():
     _python(
         "-c",
@@ -586,6 +602,7 @@ for a, b in zip(got, torch.autograd.grad(out, leaves, cotangent.float()), strict
     )
 
 
+@pytest.mark.slow
 def test_compiled_results_have_rows_and_tables_and_keep_other_targets(tmp_path):
     options = ("--op", "resize_images", "--dtype", "bfloat16", "--jobs", "1", "--out", tmp_path)
     _python("-m", "compiled", "--target", "sm_90", *options)

@@ -48,6 +48,7 @@ def run(tmp_path_factory) -> tuple[Path, dict, str]:
     return path, json.loads(path.read_text()), printed
 
 
+@pytest.mark.slow
 def test_a_gpu_is_found_and_its_file_bears_its_name(run):
     path, results, printed = run
     assert path.with_suffix(".png").stat().st_size > 0
@@ -57,6 +58,7 @@ def test_a_gpu_is_found_and_its_file_bears_its_name(run):
     assert printed.count("driver 580.65.06") == 1
 
 
+@pytest.mark.slow
 def test_results_of_a_gpu_say_what_it_is_and_reaches(run):
     for b in run[1]["benchmarks"]:
         info = b["extra_info"]
@@ -85,6 +87,7 @@ def test_results_of_a_gpu_say_what_it_is_and_reaches(run):
         assert (b["name"] == info["limit"]) == ("host_s" not in info)
 
 
+@pytest.mark.slow
 def test_peers_that_need_a_gpu_are_timed(run):
     timed = {}
     for b in run[1]["benchmarks"]:
@@ -95,6 +98,7 @@ def test_peers_that_need_a_gpu_are_timed(run):
         assert timed["varlen_attention", direction] >= {"triton", *releases}
 
 
+@pytest.mark.slow
 def test_all_providers_of_a_gpu_are_drawn(run):
     _python(
         "-c",
@@ -156,6 +160,7 @@ def _faulty(faults, out, status) -> tuple[set, dict, str]:
 PEERS = ("reference", "transformers", "Liger", "flash-attn", "copy")
 
 
+@pytest.mark.slow
 def test_a_wrong_op_is_refused_and_what_was_measured_is_kept(tmp_path):
     timed, skipped, printed = _faulty("wrong interrupted", tmp_path, 130)
     assert timed == {("float32", name) for name in PEERS}
@@ -166,6 +171,7 @@ def test_a_wrong_op_is_refused_and_what_was_measured_is_kept(tmp_path):
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_what_memory_cannot_hold_or_triton_cannot_compile_is_left_out(tmp_path):
     timed, skipped, printed = _faulty("not_compiled too_large", tmp_path, 1)
     assert timed == {("bfloat16", name) for name in PEERS}
@@ -325,6 +331,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 def test_results_of_another_form_are_refused(run, tmp_path):
     printed = _python(
         "-c",
@@ -357,6 +364,7 @@ assert path.read_text() == before
 TRACED = ("opcheck", "compiled")
 
 
+@pytest.mark.slow
 def test_verify_leaves_a_report(tmp_path):
     path = tmp_path / "report.json"
     printed = _python(
@@ -467,6 +475,7 @@ def test_that_cannot_run():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", [True, False])
 def test_tests_of_a_gpu_are_skipped_or_stopped_with_a_reason(gpu, tmp_path, monkeypatch):
     """With the hooks of our ``conftest.py``."""

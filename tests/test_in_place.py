@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from patchpack import PackedGrid, _interpreter, mrope, mrope_, rope_2d, rope_2d_
@@ -30,7 +31,7 @@ OPS = {
     ),
 }
 every_op = pytest.mark.parametrize("op", OPS)
-a_few_ops = pytest.mark.parametrize("op", ["Qwen2-VL", "M-RoPE"])
+a_few_ops = pytest.mark.parametrize("op", ["Qwen2-VL", *slow(["M-RoPE"])])
 every_layout = pytest.mark.parametrize("num_heads", NUM_HEADS.values(), ids=list(NUM_HEADS))
 
 
@@ -212,7 +213,9 @@ def test_float64_has_the_gradients_of_its_values(op, num_heads):
     torch.autograd.gradgradcheck(turned, qkv, fast_mode=True)
 
 
-@pytest.mark.parametrize(("impl", "grad"), [("native", False), ("native", True), ("triton", True)])
+@pytest.mark.parametrize(
+    ("impl", "grad"), [("native", True), *slow([("native", False), ("triton", True)])]
+)
 @every_layout
 @a_few_ops
 def test_compiled_has_the_same_bits(op, num_heads, impl, grad):

@@ -75,7 +75,8 @@ def _few_subjects():
         subjects += [Subject(op, case, torch.float32) for case in cases[:: 3 * step]]
         for first in range(0, len(subjects), 5):
             few = subjects[first : first + 5]
-            params.append(pytest.param(few, target, id=f"{op}-{target}-{first}"))
+            marks = () if target == "sm_90" else pytest.mark.slow
+            params.append(pytest.param(few, target, id=f"{op}-{target}-{first}", marks=marks))
     return params
 
 

@@ -204,7 +204,10 @@ WHEELS = {
 }
 every_wheel = pytest.mark.parametrize(
     "wheel",
-    [pytest.param(kind, marks=pytest.mark.cpp if kind == "native" else ()) for kind in WHEELS],
+    [
+        pytest.param(kind, marks=[pytest.mark.cpp, pytest.mark.slow] if kind == "native" else ())
+        for kind in WHEELS
+    ],
     indirect=True,
 )
 

@@ -278,9 +278,10 @@ def test_native_ops_live_on_when_memory_is_short():
     ops = [*SPECS, "rope_2d_", "mrope_"]
     # every larger block is the system's, so that no memory of an earlier call is used
     malloc = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, TESTS / "out_of_memory.py", *ops]
+    command = [sys.executable, "-X", "faulthandler", TESTS / "out_of_memory.py", *ops]
     done = subprocess.run(command, env=os.environ | malloc, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout, done.stderr
     counts = json.loads(done.stdout)
     for name in (*ops, "PackedGrid"):
         assert min(counts[name].values()) >= 1, (name, counts[name])

@@ -17,6 +17,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.9")
 
 import transformers_models as models  # noqa: E402
+from marks import slow  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from tracing import exported  # noqa: E402
 from transformers import vision_utils  # noqa: E402
@@ -59,6 +60,10 @@ THREES = [  # divisible by 3
     [4, ("image", 12, 9), ("image", 3, 3), 3],
     [7],
 ]
+
+
+def _quick(*families):
+    return [*families, *slow(family for family in FAMILIES if family not in families)]
 
 
 def _samples(family, model):
@@ -124,8 +129,8 @@ def test_loss_logits_and_gradients_are_the_model_s(family, config, kind, dtype):
     _check(family, config, kind, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, *slow([torch.bfloat16])], ids=str)
+@pytest.mark.parametrize("family", _quick("qwen3_vl"))
 def test_so_they_are_on_triton_s_kernels(family, dtype):
     config = next(iter(models.CONFIGS[family]))
     _check(family, config, "packed", dtype, impl="triton")
@@ -559,7 +564,7 @@ def _compiled(encoder, batches, **options):
     return counter.frame_count
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _quick("qwen2_5_vl", "internvl"))
 def test_an_encoder_is_compiled_twice_at_most(family):
     encoder = _Encoder(family)
     assert _compiled(encoder, map(encoder.inputs, SIZES)) <= 2
@@ -573,7 +578,7 @@ def test_so_it_is_where_the_loader_has_prepared_more(family, known):
     assert _compiled(encoder, (encoder.inputs(sizes, known) for sizes in SIZES)) <= 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _quick("qwen3_vl", "internvl"))
 def test_an_exported_encoder_takes_other_batches(family):
     encoder = _Encoder(family).eval()
     batches = [encoder.inputs(sizes) for sizes in SIZES]
@@ -595,7 +600,9 @@ def test_padding_changes_no_value_of_an_encoder(family):
             torch.testing.assert_close(x[: len(y)], y)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])  # of windows the number differs
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", *slow(["qwen3_vl"])]
+)  # of windows the number differs
 def test_a_budget_is_compiled_once(family):
     encoder, batches = _Encoder(family), []
     for sizes in SIZES[:4]:
