@@ -277,7 +277,8 @@ def test_copies_cross_to_another_process_and_back(workers):
 def test_native_ops_live_on_when_memory_is_short():
     ops = [*SPECS, "rope_2d_", "mrope_"]
     # every larger block is the system's, so that no memory of an earlier call is used
-    malloc = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1"}
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_ARENA_MAX": "1"}
+    malloc |= {"MALLOC_TOP_PAD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "16777216"}
     command = [sys.executable, "-X", "faulthandler", TESTS / "out_of_memory.py", *ops]
     done = subprocess.run(command, env=os.environ | malloc, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -600,10 +600,9 @@ def test_padding_changes_no_value_of_an_encoder(family):
             torch.testing.assert_close(x[: len(y)], y)
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen2_vl", *slow(["qwen3_vl"])]
-)  # of windows the number differs
+@pytest.mark.parametrize("family", ["qwen2_vl", *slow(["qwen3_vl"])])
 def test_a_budget_is_compiled_once(family):
+    """Not of Qwen2.5-VL, whose windows differ in number."""
     encoder, batches = _Encoder(family), []
     for sizes in SIZES[:4]:
         static = patchpack.PackedGrid(sizes, 2).padded(1600, 8)
