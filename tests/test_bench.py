@@ -241,6 +241,7 @@ assert 5 <= order[:half].count("s") <= 6 and 45 <= order[:half].count("f") <= 55
     )
 
 
+@pytest.mark.slow
 def test_a_case_that_memory_bounds_is_timed_at_several_places():
     _python(
         "-c",
@@ -310,6 +311,7 @@ def test_results_are_read_by_pytest_benchmark(run, tmp_path):
     assert "rope_2d, tiny, float32, forward" in _python(*compare, "--group-by=group")
 
 
+@pytest.mark.slow
 def test_a_wrong_provider_is_refused():
     _python(
         "-c",

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import small_encoders as encoders
 import torch
+from marks import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 from tracing import exported
 
@@ -25,11 +26,13 @@ def test_the_small_configurations_have_all_that_the_systems_have(name):
             assert ours == theirs, field.name
 
 
+QUICK = ("internvl", "qwen2_5_vl", "qwen3_vl", "siglip2")
+
 # torch.compile -----------------------------------------------------------------------------------
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*QUICK, *slow(name for name in CONFIGS if name not in QUICK)])
 def test_an_encoder_is_one_graph_for_all_batches(name):
     torch._dynamo.reset()
     config = encoders.small(name)

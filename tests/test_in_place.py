@@ -177,7 +177,7 @@ def test_moved_positions_refuse_to_go_back(impl):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("impl", ["native", *slow(["triton"])])
 @every_layout
 @every_op
 def test_gradients_of_views_of_a_buffer_and_of_gradients(op, num_heads, impl):

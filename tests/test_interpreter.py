@@ -655,6 +655,7 @@ def test_importing_does_not_import_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_all_of_this_holds_with_triton_interpret_set(tmp_path):
     options = [__file__, "--noconftest", "-q", "-k", "not interpret_set"]
     code = f"""

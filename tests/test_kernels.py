@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from marks import slow
 
 from patchpack.testing import compiled
 from patchpack.testing.catalogue import SPECS
@@ -116,7 +117,10 @@ def test_tiles_of_attention_are_those_of_the_target(target):
     assert not any(launch.spills or launch.stack for launch in launches)
 
 
-@pytest.mark.parametrize(("target", "kind"), TENSOR_CORES.items())
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("sm_90", "HGMMA"), *slow(pair for pair in TENSOR_CORES.items() if pair[0] != "sm_90")],
+)
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_attention_uses_the_tensor_cores_of_the_target_and_wide_accesses(target, kind, head_dim):
     subject = Subject("varlen_attention", "Qwen2-VL", torch.bfloat16)

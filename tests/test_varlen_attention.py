@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from torch.autograd import forward_ad
 
 from patchpack import PackedGrid, available, reference, rope_2d, varlen_attention
@@ -665,7 +666,7 @@ ROTATED = {
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("max_seqlen", [None, 64])
+@pytest.mark.parametrize("max_seqlen", [None, *slow([64])])
 @pytest.mark.parametrize(
     ("head_dim", "num_heads", "merge", "options"), ROTATED.values(), ids=ROTATED
 )
