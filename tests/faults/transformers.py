@@ -81,7 +81,7 @@ FAULTS = [
         f"{HERE}/_vision.py",
         "(spec.windows[0] // spec.windows[1]) ** 2",
         "windows.max_seqlen",
-        f"{TESTS} -k compiled_twice and qwen2_5_vl",
+        f"{TESTS} -k loader_has and qwen2_5_vl and grid",
     ),
     Fault(
         "transformers: padding of crops is rounded as LLaVA's own code does",
@@ -89,5 +89,26 @@ FAULTS = [
         "padding = (rows - int(round(height * (cols / width), 7))) // 2",
         "padding = (rows - int(height * (cols / width)) + 1) // 2",
         f"{TESTS} -k crops_are",
+    ),
+    Fault(
+        "transformers: a compiled encoder does not know how many patches it has",
+        f"{HERE}/_vision.py",
+        "torch._check(grid.num_tokens == hidden_states.shape[0])",
+        "pass",
+        f"{TESTS} -k compiled_twice and qwen2_5_vl",
+    ),
+    Fault(
+        "transformers: patches of other images are taken",
+        f"{HERE}/_vision.py",
+        "    elif grid.num_tokens != hidden_states.shape[0]:",
+        "    elif False:",
+        f"{TESTS} -k patches_are_refused",
+    ),
+    Fault(
+        "metadata: lengths that are traced are compared",
+        "python/patchpack/metadata.py",
+        " or torch.compiler.is_compiling():\n        return length",
+        ":\n        return length",
+        f"{TESTS} -k compiled_twice and qwen2_5_vl",
     ),
 ]
