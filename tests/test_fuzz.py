@@ -30,7 +30,7 @@ from fuzzing.ops import (
     drawn_buffer,
     drawn_case,
 )
-from fuzzing.options import OPTIONS
+from fuzzing.options import OPTIONS, Parts
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
@@ -81,6 +81,64 @@ def test_a_few_draws(name):
         SETTINGS, max_examples=draws, database=None, phases=[Phase.generate]
     )
     fuzz(name, settings, seed=1)  # as drawn: `make fuzz` looks for the smallest that fails
+
+
+# what earlier runs found, made as small as it goes
+FOUND = {
+    "a single key": Drawn(
+        op="varlen_attention",
+        case="drawn",
+        dtype=torch.float16,
+        impl="triton",
+        options={
+            "sizes": [(1, 3, 1), (1, 0, 1)],
+            "heads": (1, 1),
+            "head_dim": 66,
+            "keys": 0.4,
+            "causal": False,
+            "return_lse": False,
+            "padding": 0,
+            "more_keys": 0,
+            "softmax_scale": None,
+            "window_size": (-1, -1),
+        },
+    ),
+    "a sum of few numbers": Drawn(
+        op="assemble",
+        case="drawn",
+        impl="native",
+        options={
+            "sizes": [(1, 1, 1)],
+            "parts": Parts(True, False, False, (0, 0, 0, 0), (1, 30), None, ()),
+            "vectors": 0,
+            "channels": 1,
+            "spare": 0,
+        },
+    ),
+    "a norm over one channel": Drawn(
+        op="merge_tokens",
+        case="drawn",
+        impl="native",
+        options={
+            "sizes": [(1, 2, 2)],
+            "merge": 1,
+            "merge_size": None,
+            "order": "row",
+            "norm": "token weight",
+            "params": None,
+            "channels": 1,
+            "eps": 1e-6,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name):
+    drawn = FOUND[name]
+    if reason := patchpack.available(drawn.op, drawn.impl):
+        pytest.skip(reason)
+    check_drawn(drawn)
 
 
 @pytest.mark.parametrize("op", SPECS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import patchpack
 from fuzzing.options import OPTIONS
 from patchpack.testing.catalogue import SPECS
+from patchpack.testing.compare import MAX_RELATIVE_RMS, Accuracy
 from patchpack.testing.contract import CHECKS, DTYPES, Subject, accuracies, differentiate, tensors
 
 # Layouts: the same values elsewhere in memory ----------------------------------------------------
@@ -69,10 +70,21 @@ def check_accuracy(drawn: Drawn) -> None:
     numbers = max((x.numel() for x in tensors([*drawn.inputs().values()])), default=0)
     few = numbers < 2**12 and len(drawn.options["sizes"]) < 8 and drawn.impl != "triton"
     for seeds in (4, 64, 400) if few else (1, 4, 12):
-        failed = [str(a) for a in accuracies(drawn, range(seeds)) if not a.passed]
+        found = accuracies(drawn, range(seeds))
+        scale = max((a.value for a in found), default=0)
+        failed = [str(a) for a in found if not a.passed and not _cancels(a, scale, drawn.dtype)]
         if not failed:
             return
     raise AssertionError("; ".join(failed))
+
+
+def _cancels(accuracy: Accuracy, scale: float, dtype: torch.dtype) -> bool:
+    """What is nothing but rounding has no size: it is small beside the other results, or eager's.
+
+    Such are gradients of the scores of a single key, and of a norm over one channel.
+    """
+    small = max(MAX_RELATIVE_RMS[dtype] * scale, 2 * accuracy.eager_error)
+    return accuracy.value <= 1e-9 * scale and accuracy.error <= small
 
 
 def check_layouts(drawn: Drawn) -> None:

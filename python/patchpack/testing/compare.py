@@ -19,7 +19,8 @@ class Accuracy:
     """Errors of one tensor and of eager's own, against a float64 oracle.
 
     ``error`` and ``eager_error`` are the largest absolute errors, ``rms`` and ``eager_rms`` the
-    root mean squares, ``budget`` and ``rms_budget`` what the policy allows.
+    root mean squares, ``budget`` and ``rms_budget`` what the policy allows, and ``value`` is the
+    oracle's largest.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Accuracy:
     rms: float
     eager_rms: float
     rms_budget: float
+    value: float
 
     @property
     def passed(self) -> bool:
@@ -62,7 +64,7 @@ def measure(name: str, actual: Tensor, eager: Tensor, oracle: Tensor) -> Accurac
     (error, eager_error, largest), (rms, eager_rms, scale) = _errors(name, actual, eager, oracle)
     budget = 2 * eager_error + eps * largest
     rms_budget = min(2 * eager_rms + eps / 3 * scale, MAX_RELATIVE_RMS.get(actual.dtype, 0) * scale)
-    return Accuracy(name, error, eager_error, budget, rms, eager_rms, rms_budget)
+    return Accuracy(name, error, eager_error, budget, rms, eager_rms, rms_budget, largest)
 
 
 def measure_model(
@@ -81,7 +83,8 @@ def measure_model(
         eps = torch.finfo(actual[name].dtype).eps
         budget = (2 * largest + eps) * in_max.value
         rms_budget = (2 * rms + eps / 3) * in_rms.value
-        accuracies.append(Accuracy(name, *in_max[:2], budget, *in_rms[:2], rms_budget))
+        found = *in_max[:2], budget, *in_rms[:2], rms_budget, in_max.value
+        accuracies.append(Accuracy(name, *found))
     return accuracies
 
 
