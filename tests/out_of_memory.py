@@ -61,7 +61,8 @@ def starve(inputs: dict, call: Callable[[], dict[str, torch.Tensor]]) -> dict[st
     for _ in range(2):
         want = call()  # with its threads, and whatever is made once
     # small blocks go on to be had: torch writes its error into some, and reads what it did not get
-    del [bytearray(16_000) for _ in range(64)][:]
+    blocks = [bytearray(16_000) for _ in range(64)]
+    del blocks
     kept = [x.clone() for x in tensors(list(inputs.values()))]
     counts = {"failed": 0, "passed": 0}
     for headroom in STEPS:
