@@ -24,6 +24,7 @@ from fuzzing.host import check_metadata, check_sequence, drawn_grids, drawn_sequ
 from fuzzing.ops import (
     LAYOUTS,
     Drawn,
+    cancels,
     check_drawn,
     check_in_place,
     check_layouts,
@@ -37,6 +38,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 import patchpack
 from patchpack.testing.catalogue import SPECS
+from patchpack.testing.compare import Accuracy
 
 DATABASE = Path(__file__).parents[1] / ".hypothesis/fuzz"
 SETTINGS = hypothesis.settings(
@@ -139,6 +141,15 @@ def test_what_was_found(name):
     if reason := patchpack.available(drawn.op, drawn.impl):
         pytest.skip(reason)
     check_drawn(drawn)
+
+
+@pytest.mark.parametrize(
+    ("error", "eager_error", "value", "fits"),
+    [(1e-6, 0, 0, True), (1e-4, 0, 0, False), (1e-4, 6e-5, 0, True), (1e-6, 0, 1e-3, False)],
+)
+def test_only_what_cancels_is_measured_beside_the_rest(error, eager_error, value, fits):
+    accuracy = Accuracy("grad_q", error, eager_error, 0, error, eager_error, 0, value)
+    assert cancels(accuracy, 1.0, torch.float32) == fits
 
 
 @pytest.mark.parametrize("op", SPECS)

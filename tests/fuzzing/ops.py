@@ -72,13 +72,13 @@ def check_accuracy(drawn: Drawn) -> None:
     for seeds in (4, 64, 400) if few else (1, 4, 12):
         found = accuracies(drawn, range(seeds))
         scale = max((a.value for a in found), default=0)
-        failed = [str(a) for a in found if not a.passed and not _cancels(a, scale, drawn.dtype)]
+        failed = [str(a) for a in found if not a.passed and not cancels(a, scale, drawn.dtype)]
         if not failed:
             return
     raise AssertionError("; ".join(failed))
 
 
-def _cancels(accuracy: Accuracy, scale: float, dtype: torch.dtype) -> bool:
+def cancels(accuracy: Accuracy, scale: float, dtype: torch.dtype) -> bool:
     """What is nothing but rounding has no size: it is small beside the other results, or eager's.
 
     Such are gradients of the scores of a single key, and of a norm over one channel.
